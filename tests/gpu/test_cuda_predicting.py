@@ -33,8 +33,14 @@ pytestmark = pytest.mark.gpu
 FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 16},
     "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 32},
+    "qwen3_5_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
-DAMP = {"glm4_moe": 0.03, "deepseek_v3": 0.1}
+DAMP = {"glm4_moe": 0.03, "deepseek_v3": 0.1, "qwen3_5_text": 0.12}
 """Of models of whose drafts some hold."""
 PROMPTS = {"0": [*[5, 6, 7, 8] * 4, 5], "1": [9, 9, 9], "2": [(7 * at) % 120 + 3 for at in range(29)]}
 Kept = dict[tuple[str, int], list[int]]
@@ -78,12 +84,12 @@ def run(engine: Engine, params: dict[str, Any], tokens: int = 9) -> tuple[dict[s
 
 def on_a_cpu(shards: Path, **settings: Any) -> Engine:
     """In plain torch."""
-    sizes = {"kv_cache_memory": 1 << 20, "block_size": 16, "max_num_batched_tokens": 48, "max_model_len": 96}
+    sizes = {"kv_cache_memory": 4 << 20, "block_size": 16, "max_num_batched_tokens": 48, "max_model_len": 96}
     return Engine(EngineConfig(shards, 1, max_num_seqs=8, **sizes, **settings), TPGroup(0, 1, "cpu"))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="GPUs run the whole engine: test_drafts_engine")
-@pytest.mark.daily(2)
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("name", "params", "eager"),
     [
@@ -91,6 +97,8 @@ def on_a_cpu(shards: Path, **settings: Any) -> Engine:
         ("glm4_moe", {"temperature": 0.05, "top_k": 5}, True),
         ("deepseek_v3", {"temperature": 0.05}, False),
         ("deepseek_v3", {"logprobs": 1, "min_tokens": 3}, False),
+        ("qwen3_5_text", {}, False),
+        ("qwen3_5_text", {"temperature": 0.05}, True),
     ],
 )
 def test_drafts_and_answers_are_those_of_a_cpu(
@@ -103,7 +111,9 @@ def test_drafts_and_answers_are_those_of_a_cpu(
     drafts = dict(kept)
     kept.clear()
     replayed: list[Hashable] = request.getfixturevalue("replayed")
-    found, stats = run(start(shards, speculate="mtp", max_num_seqs=12, enforce_eager=eager), params)
+    found, stats = run(
+        start(shards, speculate="mtp", max_num_seqs=12, enforce_eager=eager, kv_cache_memory=4 << 20), params
+    )
     assert found == expected == others
     assert 0 < stats.accepted_tokens < stats.draft_tokens
     both = kept.keys() & drafts.keys()

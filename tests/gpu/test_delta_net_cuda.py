@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from tests.gpu.here import DEVICE, INTERPRET
 from tests.gpu.stand_in import best, finish, prompts_of, replayed, start  # noqa: F401
 from tests.gpu.test_compute_cuda import HOPPER
+from tests.looping import make_looping
 from tests.tiny import make_mixture
 from tpctl import accounting
 from tpctl.arch.config import ModelConfig
@@ -24,8 +25,9 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import outline
+from tpctl.engine.runners.cuda import CudaRunner
 from tpctl.engine.scheduling.scheduled import StateUse
+from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import decode_slots, prompt_chunks
 from tpctl.errors import UnsupportedModelError
@@ -46,7 +48,6 @@ from tpctl.models.loader import load_shard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams
-from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu
 SIZES: dict[str, Any] = {
@@ -84,18 +85,28 @@ def test_tokens_equal_transformers(name: str, way: str, tmp_path: Path, replayed
     assert any(isinstance(one, LayerState) for one in engine.runner.kv)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")
-def test_drafts_that_are_asked_for_by_name_are_refused(tmp_path: Path, replayed: list[Hashable]) -> None:  # noqa: F811
-    """Before weights are read; the best that can be had is none, and the engine says so."""
-    make_mixture("qwen3_5_text", tmp_path / "hf", **SIZES)
+@pytest.mark.skipif(not INTERPRET, reason="GPUs run the whole engine: test_drafts_engine")
+@pytest.mark.daily(2)
+@pytest.mark.parametrize("eager", [False, True])
+def test_drafts_are_rows_of_a_run(
+    eager: bool,
+    tmp_path: Path,
+    replayed: list[Hashable],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some hold and some do not, across the border of a block."""
+    monkeypatch.setattr(CudaRunner, "row_cost", RowCost(0, 0))
+    model = make_looping("qwen3_next", tmp_path / "hf", 0.2, **SIZES)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    assert start(tmp_path / "tp1", kv_cache_memory=4 << 20, speculate="auto").info().speculation == "off"
-    group = TPGroup(0, 1, DEVICE)
-    group.kind = "cuda"
-    with pytest.raises(
-        UnsupportedModelError, match="gated delta net layers, whose kernels for GPUs take one; use --spec"
-    ):
-        outline.outline(EngineConfig(tmp_path / "tp1", 1, block_size=16, speculate="ngram"), group)
+    settings: dict[str, Any] = {"kv_cache_memory": 4 << 20, "max_num_seqs": 12, "enforce_eager": eager}
+    engine = start(tmp_path / "tp1", speculate="ngram", **settings)
+    prompts = {"0": [5, 6, 7, 8] * 3, "1": [4, 5, 6, 7, 20, 4, 5, 6, 7, 21, 4, 5, 6]}
+    found = run(engine, prompts, 12)
+    for id, tokens in found.items():
+        assert tokens == best(model, prompts[id], tokens), id
+    stats = engine.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    assert not eager or not replayed
 
 
 @pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")

@@ -33,19 +33,25 @@ pytestmark = [
 ]
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "attention_bias": False}
 LATENT = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+NETS: dict[str, Any] = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 NAMES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {**NETS, "head_dim": 64},
     "qwen3": {"head_dim": 128},
     "gemma3": {"head_dim": 64, "layer_types": GEMMA3["layer_types"]},
     "qwen3_moe": {"head_dim": 64, **EXPERTS},
     "gpt_oss": {"head_dim": 64, "sliding_window": 20, "intermediate_size": 64},
     "deepseek_v3": {**EXPERTS, **LATENT, "num_key_value_heads": 4},
 }
-DAMP = {"deepseek_v3": 0.1}  # of layers that leave less of the embedding's circle
+DAMP = {"deepseek_v3": 0.1, "qwen3_5_text": 0.01}  # of layers that leave less of the embedding's circle
 PREDICTING: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 64, **EXPERTS},
     "deepseek_v3": {**EXPERTS, **LATENT, "num_key_value_heads": 4},
+    "qwen3_5_text": {**NETS, "head_dim": 64},
+    "qwen3_next": {**NETS, "head_dim": 64, "moe_intermediate_size": 64},
 }
 """Models with a layer that predicts one token more."""
+COPIES = {"qwen3_5_text": 0.03, "qwen3_next": 0.003}
+"""The same for the layers of such models; mostly 0.01."""
 PROMPTS = [[5, 6, 7, 8] * 12, [9, 9, 9], list(range(30, 90))]
 
 
@@ -93,7 +99,7 @@ def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def predicting(name: str, folder: Path, **cut: Any) -> Any:
     """Shards of a model whose own layer's drafts hold often; transformers' model of it."""
-    make_copying(name, folder / "hf", 0.01, **{**WIDE, **PREDICTING[name]})
+    make_copying(name, folder / "hf", COPIES.get(name, 0.01), **{**WIDE, **PREDICTING[name]})
     shard_checkpoint(folder / "hf", folder / "tp1", 1, **cut)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="eager").cuda()
     model.config._experts_implementation = "eager"

@@ -151,6 +151,34 @@ def test_a_step_of_many_sequences(shape: str, by_key_head: bool, dtype: torch.dt
         assert all(torch.equal(mine[slot], old[slot]) for mine, old in zip(case.state, before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_key_head", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_runs_of_rows_are_steps_one_behind_the_other(shape: str, by_key_head: bool, dtype: torch.dtype) -> None:
+    """One of five rows, one without, one that begins, and a row that is none; the state behind each is kept."""
+    case = Case(SHAPES[shape], by_key_head, dtype, 10)
+    rows = [
+        *((3, 0, -1, 6), (-5, 1, -1, 7), (-4, 2, -1, 8), (-3, 4, -1, 9), (-2, 5, -1, 10)),
+        *((6, 6, -1, 2), (-1, 7, 10, 0), (-3, 8, -1, 1), (-2, 9, -1, 2), (-1, -1, -1, -1)),
+    ]
+    state = NetState(*(torch.cat([one, torch.zeros_like(one[:2])]) for one in case.state))
+    expected = NetState(*(one.clone() for one in state))
+    found, wanted = torch.full((2, 10, case.shape.value_heads * case.shape.value_dim), 7.0, dtype=dtype, device=DEVICE)
+    for row, (read, write, copy, position) in enumerate(rows):
+        source = rows[row - 1][1] if read < -1 else read
+        own = StepRows(*map(table, ([source], [write], [copy], [position + 1])))
+        some = slice(row, row + 1)
+        step(case.projected.rows(some), case.weights, expected, own, case.shape, wanted[some])
+    columns = list(zip(*((read, write, copy, position + 1) for read, write, copy, position in rows), strict=True))
+    step(case.projected, case.weights, state, StepRows(*map(table, columns)), case.shape, found, runs=True)  # type: ignore[arg-type]
+    assert relative_error(found, wanted) < CLOSE[dtype] and not found[9].any()
+    assert relative_error(state.matrices, expected.matrices) < CLOSE[dtype]
+    for slot, position in {(write, position) for _, write, _, position in rows[:9]} | {(10, 0)}:
+        behind = [at % case.shape.taps for at in range(max(0, position + 2 - case.shape.taps), position + 1)]
+        assert torch.equal(state.inputs[slot, behind], expected.inputs[slot, behind]), slot
+    assert torch.equal(state.matrices[3], expected.matrices[3]) and torch.equal(state.inputs[3], expected.inputs[3])
+
+
 LONG = [(0, 1, 0, -1, 0, ()), (1, 3, 9, 4, 4, ()), (4, 2, 1, 6, 1, ((1, 7),)), (6, 130, 65, 5, 5, ((63, 2), (127, 3)))]
 SHORT = [(2, 65, 0, -1, 0, ((64, 1),))]
 

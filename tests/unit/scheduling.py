@@ -41,6 +41,7 @@ class Cache:
         self.rope_offset = scheduler.rope_offset
         self.slots: dict[tuple[Fraction, int], tuple[int, int, int, bool]] = {}
         self.states: dict[int, tuple[list[int], bool]] = {}
+        self.apart = scheduler.states is not None and scheduler.states.apart
 
     def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
         for item in batch.items:
@@ -98,8 +99,12 @@ class Cache:
         for after, copy in item.state.keeps:
             assert copy != item.state.slot and 0 < after <= item.num_new_tokens
             self.states[copy] = tokens[: item.start + after], broken or BROKEN in new
-        self.states[item.state.slot] = tokens[: item.end], broken or BROKEN in new
-        return self.states[item.state.slot][1]
+        if self.apart and item.drafts:
+            assert len(item.state.keeps) == 1 + len(item.drafts)
+            assert item.state.source not in (copy for _, copy in item.state.keeps)
+        else:
+            self.states[item.state.slot] = tokens[: item.end], broken or BROKEN in new
+        return broken or BROKEN in new
 
     def _places(self, pool: int, sequence: Sequence, at: int) -> list[tuple[Fraction, int]]:
         """What a token's keys take of memory, whichever pool it is: parts of a slab as small as any pool's blocks
@@ -124,6 +129,7 @@ def make(
     states: int = 0,
     layout: KvLayout | None = None,
     speculation: Speculation | None = None,
+    apart: bool = False,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size, layout=layout)
     longest = blocks.layout.longest(num_blocks)
@@ -134,7 +140,7 @@ def make(
         max_model_len=length if longest is None else min(length, longest),
         vocab_size=1000,
         eos_token_ids=[7],
-        states=StatePool(states, blocks) if states else None,
+        states=StatePool(states, blocks, apart=apart) if states else None,
         speculation=speculation,
     )
 

@@ -64,14 +64,23 @@ def whole(sequence: Sequence) -> list[int]:
     broken=st.booleans(),
     states=st.sampled_from([0, 1, 2, 3, 9, 40]),
     layout=st.sampled_from(LAYOUTS),
+    apart=st.booleans(),
 )
 def test_answers_are_those_without(
-    seed: int, num_blocks: int, budget: int, abort: bool, border: int, broken: bool, states: int, layout: KvLayout
+    seed: int,
+    num_blocks: int,
+    budget: int,
+    abort: bool,
+    border: int,
+    broken: bool,
+    states: int,
+    layout: KvLayout,
+    apart: bool,
 ) -> None:
     rng = random.Random(seed)
     guess = Guess(whole, lambda: rng.random() < 0.2)
     speculation = Speculation(guess, FREE)
-    scheduler = make(num_blocks, budget=budget, states=states, layout=layout, speculation=speculation)
+    scheduler = make(num_blocks, budget=budget, states=states, layout=layout, speculation=speculation, apart=apart)
     scheduler.rope_offset = scheduler.drafting.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
     requests, found = drive_at_random(scheduler, rng, overlap=False, abort=abort, broken=broken)
     assert sorted(guess.forgotten) == sorted(request.id for request in requests)

@@ -85,24 +85,6 @@ class Blueprint:
         if (why := self.why_not_on(device)) is not None:
             raise UnsupportedModelError(f"the model has {why}, which tpctl does not run on GPUs yet; use --device cpu")
 
-    def takes_no_drafts(self, device: str, backend: str) -> str | None:
-        """What of the model computes no drafts on such a device with such an attention backend; ``None``: all does."""
-        if device == "cpu" or backend == "sdpa":
-            return None
-        return next(
-            (one.kind for layer in self.layers if isinstance(one := layer.mixer, Mixer) and one.recurrent), None
-        )
-
-    def check_drafts(self, kind: str, device: str, backend: str) -> None:
-        """Raise ``UnsupportedModelError`` if drafts of such a ``kind`` (``EngineSettings.speculate``) are asked for and
-        cannot be computed there; the message says why."""
-        what = self.takes_no_drafts(device, backend)
-        if what is not None and kind in ("ngram", "mtp"):
-            raise UnsupportedModelError(
-                f"--speculate {kind} computes several tokens of an answer in a step, and the model has {what}, whose "
-                "kernels for GPUs take one; use --speculate auto or off, --attention-backend sdpa, or --device cpu"
-            )
-
     def why_not_on(self, device: str) -> str | None:
         """What of a model that tpctl runs it does not run on ``device``."""
         return next((layer.mixer.kind for layer in self.layers if device not in layer.mixer.runs_on), None)

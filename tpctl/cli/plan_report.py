@@ -66,10 +66,9 @@ def _remarks(report: FitReport) -> Iterator[str]:
         yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
     if more := max(rank.predictor_bytes for rank in report.ranks):
         kept = max(rank.predictor_kv_bytes_per_token for rank in report.ranks)
-        where = " (on CPUs)" if report.recurrent else ""
         yield (
             f"a layer that predicts more tokens is cut, too: {_gib(more)} a rank, and {kept / 1024:.1f} KiB of the "
-            f"cache a token, which `tpctl chat` takes where it speculates by it{where}; they are not counted below"
+            "cache a token, which `tpctl chat` takes where it speculates by it; they are not counted below"
         )
     if report.recurrent:
         rank = max(report.ranks, key=lambda rank: rank.state_bytes)

@@ -208,9 +208,6 @@ def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
             f"--speculate mtp takes a layer that predicts more tokens (MTP), and a {config.model_type} model has none; "
             "use --speculate ngram, or auto"
         )
-    reads_in_place = find_spec("triton") is not None  # else "auto" is sdpa there
-    backend = settings.attention_backend if reads_in_place else "sdpa"
-    config.blueprint.check_drafts(settings.speculate, settings.device, backend)
     settings.longest(config.max_position_embeddings)
 
 

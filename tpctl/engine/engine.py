@@ -65,7 +65,7 @@ class Engine:
             rope_offset=self.runner.rope_offset,
             context_full=memory.context_full,
             pace=self.runner.pace,
-            states=StatePool(memory.num_states, blocks) if memory.num_states else None,
+            states=self._states(blocks),
             speculation=self.speculation,
         )
         if guides is not None:
@@ -132,12 +132,17 @@ class Engine:
         return outputs
 
     def _speculation(self) -> Speculation | None:
-        """What is asked for, where the runner computes it."""
-        if self.config.speculate == "off" or not self.runner.drafts:
+        """What proposes tokens, if anything is to."""
+        if self.config.speculate == "off":
             return None
         if self.runner.speculation is not None:
             return self.runner.speculation
         return Speculation(NgramDrafter(), self.runner.row_cost, self.runner.most_rows)
+
+    def _states(self, blocks: BlockManager) -> StatePool | None:
+        """Of a model with recurrent layers."""
+        slots = self.runner.memory.num_states
+        return StatePool(slots, blocks, apart=self.runner.states_apart) if slots else None
 
     def info(self) -> EngineInfo:
         return replace(self.runner.info(), speculation="off" if self.speculation is None else self.speculation.kind)

@@ -61,10 +61,12 @@ class SequenceState(NamedTuple):
 
 class StateTables(NamedTuple):
     """The same for kernels. ``rows``: int32 [3, S], of each decode the slots that its state is read from (-1: it
-    begins), left in (-1: there is no row) and copied to (-1: none). ``chunks``: of the prompts, if there are any."""
+    begins), left in (-1: there is no row) and copied to (-1: none). ``chunks``: of the prompts, if there are any.
+    ``runs``: there may be rows of drafts, as ``kernels.delta_net.step.StepRows`` has them."""
 
     rows: Tensor
     chunks: ChunkTables | None = None
+    runs: bool = False
 
 
 @dataclass

@@ -57,6 +57,7 @@ class CudaRunner(ModelRunner):
     """One rank on one GPU, for the backends that read the paged cache in place."""
 
     row_cost = RowCost(first=0.2, row=0.01)
+    states_apart = True
     steps_kind = CudaSteps
 
     def __init__(
@@ -65,7 +66,6 @@ class CudaRunner(ModelRunner):
         super().__init__(loaded, memory, pace)
         self._paged = paged(loaded)
         self._compute = compute
-        self.drafts = not memory.num_states  # whose states one kernel moves on by one token
         self.most_rows = loaded.settings.max_num_seqs
         self.steps = steps
         self._slots, self._sampled, self._on_device, self._graphs, self._mixed, self._keyed = StepSet.of(

@@ -69,7 +69,7 @@ def measure_step(loaded: LoadedModel, rows: int, prefix: int = 0) -> StepMemory:
     later = table_bytes(settings.max_num_seqs, 0 if eager else rows, width, pools)
     later += gathered_logits(logits, tp_size) if eager else captured + prefix
     if loaded.model.mtp is not None:
-        row = loaded.config.blueprint.hidden_size * loaded.dtype.itemsize + 4 * table_width(loaded, loaded.wanted_len)
+        row = loaded.config.blueprint.hidden_size * loaded.dtype.itemsize + 4 * width
         later += row * (rows + settings.max_num_seqs)  # what a predictor reads of a step, and makes of it
     later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
     return StepMemory(before, activations, captured, later)

@@ -48,6 +48,7 @@ class CudaSteps:
         states: bool,
     ) -> None:
         self._loaded, self._compute, self._kv, self._states = loaded, compute, kv, states
+        self._runs = loaded.settings.speculate != "off"
         self._tables, self._sampled = tables, sampled
         self._left: Tensor | None = None
 
@@ -75,7 +76,7 @@ class CudaSteps:
             num_decodes=rows.input_ids.shape[0],
             logits_rows=rows.input_ids,
             seq_lens_S=rows.seq_lens,
-            state_tables=StateTables(rows.packed[3:]) if self._states else None,
+            state_tables=StateTables(rows.packed[3:], runs=self._runs) if self._states else None,
         )
 
     def decode(self, inputs: DecodeInputs, long: bool, path: SamplingPath, shared_1: Tensor | None) -> None:

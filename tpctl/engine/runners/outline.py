@@ -21,7 +21,7 @@ from tpctl.distributed import TPGroup
 from tpctl.errors import EngineError, UnsupportedModelError
 from tpctl.layers.attention.base import AttentionBackend, kept_layer
 from tpctl.layers.attention.latent import spec_of
-from tpctl.layers.attention.select import choose_backend, make_backend
+from tpctl.layers.attention.select import make_backend
 from tpctl.layers.rotary import RotaryTable, rotary_tables
 from tpctl.manifest.manifest import Manifest
 from tpctl.manifest.records import ManifestTensor
@@ -137,14 +137,10 @@ def _predicting(settings: EngineConfig, group: TPGroup, config: ModelConfig) -> 
     """``config`` with a predictor only where it is to draft tokens: on every rank or none (collective).
 
     Raises:
-        UnsupportedModelError: it is asked for by name, and some rank's shards have none; or drafts of a kind that is
-            asked for cannot be computed.
+        UnsupportedModelError: it is asked for by name, and some rank's shards have none.
     """
     blueprint = config.blueprint
-    # Whether the backend suits the dtype is found when it is made.
-    backend = choose_backend(settings.attention_backend, group.kind, torch.bfloat16)
-    blueprint.check_drafts(settings.speculate, group.kind, backend)
-    if settings.speculate in ("mtp", "auto") and blueprint.takes_no_drafts(group.kind, backend) is None:
+    if settings.speculate in ("mtp", "auto"):
         if group.minimum(int(blueprint.predictor is not None)):
             return config
         if settings.speculate == "mtp":

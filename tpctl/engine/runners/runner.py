@@ -44,13 +44,13 @@ class ModelRunner:
     Attributes:
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         masks: which tokens grammars allow.
-        drafts: whether it computes tokens that are only proposed.
+        states_apart: as of ``StatePool``.
         speculation: what proposes them, where that is the runner's own.
         row_cost: what these cost here. most_rows: rows of a step that are sampled at most, drafts included; ``None``:
             as many as are computed.
     """
 
-    drafts = True
+    states_apart = False
     row_cost = RowCost(first=0.08, row=0.045)
     most_rows: int | None = None
     speculation: Speculation | None = None

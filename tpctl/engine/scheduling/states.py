@@ -15,6 +15,7 @@ tokens. So states are kept only where somebody is likely to go on from:
 
 Of a step with drafts the state in front of each of them is copied, too, until it is known which of them are the answer:
 that in front of the first one that is not becomes the sequence's own. There are as many drafts as slots are free for.
+Kernels leave no state where they read one, so there the state behind the last draft has a slot of its own as well.
 
 The step that computes those tokens copies the state on its way (``StateUse.keeps``), so no step ends early for it. What
 a step reads is not given away in it, and what it keeps is found from the next one on.
@@ -35,11 +36,12 @@ class StatePool:
 
     Args:
         blocks: whose hashes states are kept under.
+        apart: a step with drafts leaves none of its states in the slot that it goes on from.
     """
 
-    def __init__(self, num_slots: int, blocks: BlockManager) -> None:
+    def __init__(self, num_slots: int, blocks: BlockManager, *, apart: bool = False) -> None:
         self.num_slots = num_slots
-        self._blocks = blocks
+        self._blocks, self.apart = blocks, apart
         self._free = list(reversed(range(num_slots)))
         self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
         self._new: dict[bytes, int] = {}  # kept by the step that is being scheduled
@@ -78,7 +80,7 @@ class StatePool:
 
     def room_for_drafts(self, waiting: int) -> int:
         """How many drafts a sequence may have, so that as many others can be admitted beside it."""
-        return max(0, len(self._free) - waiting)
+        return max(0, len(self._free) - waiting - self.apart)
 
     def use(self, sequence: Sequence, start: int, end: int, drafts: int = 0) -> StateUse:
         """What a step does with the state of ``sequence``, of which it computes the tokens ``start`` to ``end``; behind
@@ -88,8 +90,10 @@ class StatePool:
         sequence.state_source = slot
         before = []
         if drafts:
-            copies = self._drafts[sequence.id] = [self._free.pop() for _ in range(drafts)]
+            copies = self._drafts[sequence.id] = [self._free.pop() for _ in range(drafts + self.apart)]
             before = list(enumerate(copies, end - start))
+            if self.apart:  # what is at a block's border is kept when it is known how many hold
+                return StateUse(slot, source, tuple(before))
         if not self._blocks.enable_prefix_caching or sequence.alone:
             return StateUse(slot, source, tuple(before))
         size = self._blocks.block_size
@@ -113,7 +117,7 @@ class StatePool:
         size, first = self._blocks.block_size, sequence.num_computed_tokens - accepted
         digest, behind = sequence.block_hash, sequence.num_hashed_blocks * size - first
         # A border among the accepted ones: the state there has been copied, and is kept as ``use`` would have.
-        if 0 < behind < accepted and digest not in self._kept and digest not in self._new:
+        if 0 <= behind < accepted and digest not in self._kept and digest not in self._new:
             last = self._kept.pop(sequence.state_digest, None)
             self._kept[digest], sequence.state_digest = copies.pop(behind), digest
             copies += [] if last is None else [last]

@@ -16,14 +16,21 @@ NUMBERS = 3
 
 
 def decode_slots(items: Sequence[ScheduledSequence]) -> list[list[int]]:
-    """In ``NUMBERS`` columns, of decodes without drafts."""
+    """In ``NUMBERS`` columns, of decodes. Drafts are rows of a run (``kernels.delta_net.step``) behind that: the state
+    behind each row is left in a slot of its own."""
     reads, writes, copies = [], [], []
     for item in items:
         state = item.state
-        assert state is not None and len(state.keeps) <= 1
+        assert state is not None
         reads.append(-1 if state.source is None else state.source)
-        writes.append(state.slot)
-        copies.append(state.keeps[0][1] if state.keeps else -1)
+        drafts = len(item.drafts)
+        if drafts:
+            reads += range(-1 - drafts, -1)
+            writes += [slot for _, slot in state.keeps]
+            copies += [-1] * (1 + drafts)
+        else:
+            writes.append(state.slot)
+            copies.append(state.keeps[0][1] if state.keeps else -1)
     return [reads, writes, copies]
 
 

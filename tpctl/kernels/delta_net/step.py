@@ -2,6 +2,10 @@
 
 A program has one value head of one sequence, so its matrix is read once and written once. It is on its way before the
 kernel waits for the projection: no other kernel of a step touches it.
+
+Where drafts are computed a sequence may have several rows, a run: a program then takes one after the other, with the
+matrix in registers, and leaves the state behind each in a slot of its own. None is the slot that the run goes on from,
+which programs of other heads may still read.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ COUNTED_PROGRAMS = 288
 class StepRows(NamedTuple):
     """Where each row of a step has its state, int32 [S]: the slot that it goes on from (-1: it begins), that it is left
     in (-1: the row is none, and gets zeros) and one that it is copied to (-1: none). ``lens``: tokens of the sequence,
-    the row's own included."""
+    the row's own included. In a run a row goes on from the one before: its ``reads`` is -1 - n, of n rows of the run
+    that are to come, itself included."""
 
     reads: torch.Tensor
     writes: torch.Tensor
@@ -92,6 +97,75 @@ def _keep_input(
 
 
 @triton.jit
+def _before(
+    back: tl.constexpr,
+    own_at,
+    stride,
+    inputs_ptr,
+    channel,
+    inside,
+    position,
+    read,
+    place,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """What came in so many tokens before the row at this ``place`` of a run: of the run's rows, else in its state."""
+    row = (position + (TAPS - back)) % TAPS * CHANNELS
+    kept = (read >= 0) & (back > place)
+    old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & kept, other=0.0)
+    own = tl.load(own_at - back * stride, mask=inside & (back <= place), other=0.0)
+    return tl.where(back <= place, own, old)
+
+
+@triton.jit
+def _past_in_run(
+    taps_ptr,
+    own_at,
+    stride,
+    inputs_ptr,
+    channel,
+    inside,
+    position,
+    read,
+    place,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """As ``_past``, of a row within a run."""
+    tap = tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
+    total = tap * 0.0
+    for back in tl.static_range(1, TAPS):
+        old = _before(back, own_at, stride, inputs_ptr, channel, inside, position, read, place, CHANNELS, TAPS)
+        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
+    return total, tap
+
+
+@triton.jit
+def _keep_in_run(
+    x,
+    own_at,
+    stride,
+    inputs_ptr,
+    channel,
+    inside,
+    position,
+    read,
+    place,
+    write,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """As ``_keep_input``, of a row within a run: the convolution's state behind it, whole."""
+    row = position % TAPS * CHANNELS
+    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=inside)
+    for back in tl.static_range(1, TAPS - 1):
+        row = (position + (TAPS - back)) % TAPS * CHANNELS
+        old = _before(back, own_at, stride, inputs_ptr, channel, inside, position, read, place, CHANNELS, TAPS)
+        tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=inside)
+
+
+@triton.jit
 def _channels(head, KEYS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """The convolution's of a value head: of its query and key [2, D], and which there are; of its values [E], too.
@@ -131,8 +205,6 @@ def _move_on(
     state,  # the head's matrix, [D, E]
     head,
     row,
-    position,
-    read,
     write,
     copy,
     qk_past,  # what `_past` gives
@@ -148,7 +220,6 @@ def _move_on(
     b_ptr,
     a_ptr,
     matrices_ptr,
-    inputs_ptr,
     out_ptr,
     qkv_stride,
     z_stride,
@@ -163,11 +234,10 @@ def _move_on(
     GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    TAPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One head of one row: what it gives is stored, and its state.
+    """One head of one row: what it gives is stored, and its state. That, and what came in of query, key and values.
 
     The next kernel waits for all of it, so little may depend on what comes before: all is loaded at once, sums of the
     state's products are taken with q and k as they are, beside those of their lengths, and what is kept is stored last.
@@ -178,9 +248,9 @@ def _move_on(
     e = tl.arange(0, BLOCK_E)
     of = tl.arange(0, 2)
     dtype = out_ptr.dtype.element_ty
-    CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
     SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
-    of_keys, in_d, of_values, in_e = _channels(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
+    in_d = (d < KEY_DIM)[None, :] & (of >= 0)[:, None]
+    in_e = e < VALUE_DIM
     qk_at = q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :]
     qk_in = tl.load(qk_at, mask=in_d, other=0.0)
     v_in = tl.load(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, mask=in_e, other=0.0)
@@ -210,9 +280,7 @@ def _move_on(
     tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
     if copy >= 0:
         tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
-    # Of a key head's channels one of its value heads moves the state on.
-    _keep_input(qk_in, inputs_ptr, of_keys, in_d & (member == 0), position, read, write, copy, CHANNELS, TAPS)
-    _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
+    return state, qk_in, v_in
 
 
 @triton.jit(do_not_specialize_on_alignment=ANYWHERE)
@@ -251,10 +319,12 @@ def step_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     COUNTED: tl.constexpr,
+    RUNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program a head and row; or, where rows are counted on the device, all rows that a program comes by."""
+    """A program a head and row, or run; or, where rows are counted on the device, all rows that a program comes by."""
     head = tl.program_id(0)
+    own_keys = head % GROUP == 0  # of a key head's channels one of its value heads moves the state on
     place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
     SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
     CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
@@ -272,10 +342,12 @@ def step_kernel(
             state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0), other=0.0)
             qk_past, qk_tap = _past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
             v_past, v_tap = _past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
-            _move_on(state, head, row, position, read, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log,
-                     weight, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride,
-                     gate_stride, qk_step, key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM,
-                     TAPS, BLOCK_D, BLOCK_E)  # fmt: skip
+            state, qk_in, v_in = _move_on(
+                state, head, row, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr, v_ptr,
+                z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step, key_step,
+                v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)  # fmt: skip
+            _keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
+            _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
     else:
         row = tl.program_id(1).to(tl.int64)
         read = tl.load(reads_ptr + row).to(tl.int64)
@@ -292,11 +364,39 @@ def step_kernel(
             e = tl.arange(0, BLOCK_E)
             nothing = tl.zeros([BLOCK_E], out_ptr.dtype.element_ty)
             tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, nothing, mask=e < VALUE_DIM)
-        else:
-            _move_on(state, head, row, position, read, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log,
-                     weight, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride,
-                     gate_stride, qk_step, key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM,
-                     TAPS, BLOCK_D, BLOCK_E)  # fmt: skip
+        elif read >= -1:
+            state, qk_in, v_in = _move_on(
+                state, head, row, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr, v_ptr,
+                z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step, key_step,
+                v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)  # fmt: skip
+            _keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
+            _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
+            if RUNS:
+                behind = tl.load(reads_ptr + row + 1, mask=row + 1 < tl.num_programs(1), other=-1)
+                of = tl.arange(0, 2)[:, None]
+                d = tl.arange(0, BLOCK_D)[None, :]
+                e = tl.arange(0, BLOCK_E)
+                qk_first = q_ptr + head // GROUP * key_step + of * qk_step + d
+                v_first = v_ptr + head // GROUP * v_step + head % GROUP * VALUE_DIM + e
+                for at in tl.range(1, tl.maximum(-1 - behind, 0) + 1, num_stages=1):
+                    row += 1
+                    position += 1
+                    write = tl.load(writes_ptr + row).to(tl.int64)
+                    qk_at = qk_first + row * qkv_stride
+                    v_at = v_first + row * qkv_stride
+                    qk_past, qk_tap = _past_in_run(taps_ptr, qk_at, qkv_stride, inputs_ptr, of_keys, in_d, position,
+                                                   read, at, CHANNELS, TAPS)  # fmt: skip
+                    v_past, v_tap = _past_in_run(taps_ptr, v_at, qkv_stride, inputs_ptr, of_values, in_e, position,
+                                                 read, at, CHANNELS, TAPS)  # fmt: skip
+                    state, qk_in, v_in = _move_on(
+                        state, head, row, write, -1, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr,
+                        v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
+                        key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D,
+                        BLOCK_E)  # fmt: skip
+                    _keep_in_run(qk_in, qk_at, qkv_stride, inputs_ptr, of_keys, in_d & own_keys, position, read, at,
+                                 write, CHANNELS, TAPS)  # fmt: skip
+                    _keep_in_run(v_in, v_at, qkv_stride, inputs_ptr, of_values, in_e, position, read, at, write,
+                                 CHANNELS, TAPS)  # fmt: skip
 
 
 def warps(block_d: int, block_e: int) -> int:
@@ -313,20 +413,26 @@ def step(
     out: torch.Tensor,
     *,
     count_1: torch.Tensor | None = None,
+    runs: bool = False,
     pdl: bool = False,
 ) -> None:
-    """The tokens of S rows, each of a sequence of its own, into ``out`` [S, N * E]; states are moved on.
+    """The tokens of S rows, each of a sequence of its own or behind the one before in a run, into ``out`` [S, N * E];
+    states are moved on.
 
     count_1: int32 [1], how many of the rows there are, none of them a row that is none; the others are left alone.
+    runs: whether there may be any.
 
     Raises:
-        ValueError: a head's matrix is larger than ``MOST_STATE``; or rows that are counted are launched early.
+        ValueError: a head's matrix is larger than ``MOST_STATE``; or rows that are counted are launched early, or in
+            runs.
     """
     block_d, block_e = next_power_of_2(shape.key_dim), next_power_of_2(shape.value_dim)
     if block_d * block_e > MOST_STATE:
         raise ValueError(f"matrices of {block_d} x {block_e} exceed the {MOST_STATE} numbers of a program")
     if count_1 is not None and pdl:
         raise ValueError("rows that are counted on the device are launched behind what comes before them")
+    if count_1 is not None and runs:
+        raise ValueError("rows that are counted on the device are each of a sequence of its own")
     programs = len(out) if count_1 is None else min(len(out), triton.cdiv(COUNTED_PROGRAMS, shape.value_heads))
     if not programs:
         return
@@ -352,6 +458,7 @@ def step(
         BLOCK_D=block_d,
         BLOCK_E=block_e,
         COUNTED=count_1 is not None,
+        RUNS=runs,
         PDL=pdl,
         num_warps=warps(block_d, block_e),
         maxnreg=REGISTERS,

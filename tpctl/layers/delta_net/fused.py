@@ -73,7 +73,7 @@ class FusedNet:
             return out
         if decodes:
             some, pdl = slice(0, decodes), early_launch(batch.num_tokens, out.device)
-            step(projected.rows(some), weights, kept, own, shape, out[some], pdl=pdl)
+            step(projected.rows(some), weights, kept, own, shape, out[some], runs=tables.runs, pdl=pdl)
         if tables.chunks is not None:
             chunks(projected, weights, kept, tables.chunks, shape, out)
             rest = slice(decodes, None)
