@@ -20,6 +20,7 @@ from tpctl.engine.runners import cuda as cuda_runner
 from tpctl.engine.runners import cuda_predicting, predicting, runner
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.scheduling.speculation import PredictedDrafter, RowCost
+from tpctl.engine.steps import mixed
 from tpctl.kernels.sampling.accept import accept, accept_reference
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
@@ -104,13 +105,14 @@ def on_a_cpu(shards: Path, **settings: Any) -> Engine:
 def test_drafts_and_answers_are_those_of_a_cpu(
     name: str, params: dict[str, Any], eager: bool, tmp_path: Path, kept: Kept, request: pytest.FixtureRequest
 ) -> None:
-    """In captured steps and without; with what the host samples, too."""
+    """In captured steps, with prompts and without, and in none; with what the host samples, too."""
     shards = shards_of(name, tmp_path)
     expected, _ = run(on_a_cpu(shards), params)
     others, _ = run(on_a_cpu(shards, speculate="mtp"), params)
     drafts = dict(kept)
     kept.clear()
     replayed: list[Hashable] = request.getfixturevalue("replayed")
+    request.getfixturevalue("monkeypatch").setattr(mixed, "_MISSES", 1)
     found, stats = run(
         start(shards, speculate="mtp", max_num_seqs=12, enforce_eager=eager, kv_cache_memory=4 << 20), params
     )
@@ -121,7 +123,7 @@ def test_drafts_and_answers_are_those_of_a_cpu(
     for place in both:
         few = min(len(kept[place]), len(drafts[place]))
         assert kept[place][:few] == drafts[place][:few], place
-    assert {key[0] for key in replayed if isinstance(key[0], str)} == (set() if eager else {"follow", "draft"})  # type: ignore[index]
+    assert {key[0] for key in replayed if isinstance(key[0], str)} == (set() if eager else {"follow", "draft", "mixed"})  # type: ignore[index]
 
 
 @pytest.mark.parametrize("count", [1, 3])

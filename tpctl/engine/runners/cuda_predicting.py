@@ -97,6 +97,8 @@ class CudaPredictingRunner(CudaRunner):
 
     def launch(self, batch: ScheduledBatch) -> Launched:
         self._computed = None
+        if self._mixed is not None:
+            self._mixed.last = None
         launched = super().launch(batch)
         with torch.inference_mode():
             if launched.token_ids:  # which the host has sampled
@@ -126,15 +128,17 @@ class CudaPredictingRunner(CudaRunner):
 
     def _follow(self, batch: ScheduledBatch, drafts: bool) -> None:
         """The predictor's pass over a step, for drafts or for keys and values alone."""
+        if self._mixed is not None and self._mixed.last is not None:
+            self._computed = self._predictor.steps.kept_mixed(self._mixed.last)
         if self._computed is None:
             assert self._passes is not None
             rows = batch.num_tokens
             self._passes.follow(rows, self._long(batch, rows), drafts)
             return
         forward, states_TH = self._computed
-        ids_T = self._to_device(np.array(_following(batch), dtype=np.int64))
+        ids_T = self._to_device(np.array(_following(batch, len(states_TH)), dtype=np.int64))
         following_T = torch.where(ids_T < 0, self._sampled[(-1 - ids_T).clamp(min=0)], ids_T)
-        rows_R = forward.logits_rows if drafts else forward.logits_rows[:0]
+        rows_R = forward.logits_rows[: batch.num_sampled if drafts else 0]
         self._predictor.follow(forward, states_TH, following_T, rows_R)
 
     def _draft(self, launched: Launched, count: int) -> None:
@@ -188,15 +192,15 @@ def _columns(items: list[ScheduledSequence], slots: list[int]) -> list[list[int]
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def _following(batch: ScheduledBatch) -> list[int]:
-    """The token behind each of a step's, or -1 - row of those that it samples."""
+def _following(batch: ScheduledBatch, rows: int) -> list[int]:
+    """The token behind each of a step's, or -1 - row of those that it samples; 0 behind those, of so many ``rows``."""
     ids: list[int] = []
     sampled = 0
     for item in batch.items:
         known = item.sequence.token_ids[item.start + 1 : item.end + 1 - len(item.places)]
         ids += [*known, *range(-1 - sampled, -1 - sampled - len(item.places), -1)]
         sampled += len(item.places)
-    return ids
+    return ids + [0] * (rows - len(ids))
 
 
 def _chosen(tokens: list[int]) -> list[int]:

@@ -23,15 +23,10 @@ def paged(loaded: LoadedModel) -> PagedBackend[Any]:
     return loaded.backend
 
 
-def captures_prompts(loaded: LoadedModel) -> bool:
-    """Whether steps with prompts can be captured: a predictor's pass over them is not."""
-    return paged(loaded).captures_prefill and loaded.model.mtp is None
-
-
 def find_pace(loaded: LoadedModel) -> Pace | None:
     """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
     settings = loaded.settings
-    if settings.scheduling_policy == "fcfs" or settings.enforce_eager or not captures_prompts(loaded):
+    if settings.scheduling_policy == "fcfs" or settings.enforce_eager or not paged(loaded).captures_prefill:
         return None
     layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
     layer = loaded.group.minimum(layer)

@@ -87,21 +87,25 @@ class CudaSteps:
 
     def mixed(self, inputs: MixedInputs, path: SamplingPath) -> None:
         """One step of decodes and prefill chunks, from the packed rows to what is sampled: what a graph captures."""
+        rows, forward = inputs.rows, self.beside(inputs)
+        picked = forward.logits_rows
+        logits = self._loaded.model(forward, self._kv, picked)
+        self.sample(logits, rows.filters.rows(picked), rows.keys[picked], path)
+
+    def beside(self, inputs: MixedInputs) -> ForwardBatch:
+        """What such a step computes, filled in on the device."""
         rows = inputs.rows
         forward = self._prepared(rows)
         decodes = torch.arange(forward.num_decodes, device=self._sampled.device) < inputs.num_decodes
-        picked = inputs.logits_rows.long()
-        forward = replace(
+        return replace(
             forward,
-            logits_rows=picked,
+            logits_rows=inputs.logits_rows.long(),
             seq_lens_S=rows.seq_lens * decodes,
             chunks=PrefillChunks(
                 tuple(rows.block_tables.index_select(1, inputs.last_row_P)), inputs.query_start_P1, inputs.seq_lens_P
             ),
             state_tables=_captured_states(inputs),
         )
-        logits = self._loaded.model(forward, self._kv, picked)
-        self.sample(logits, rows.filters.rows(picked), rows.keys[picked], path)
 
     def sample(self, logits: Tensor, filters: Filters, keys: Tensor, path: SamplingPath) -> None:
         """Sample a token for each row, or leave the logits for the host to (``left``)."""

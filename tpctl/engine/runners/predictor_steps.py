@@ -18,6 +18,7 @@ from tpctl.engine.runners.cuda_steps import CudaSteps
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.speculation import MOST_PREDICTED
+from tpctl.engine.steps.mixed import MixedInputs, MixedKey
 from tpctl.kernels.sampling.accept import accept
 from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables
 from tpctl.layers.batch import ForwardBatch
@@ -27,30 +28,41 @@ from tpctl.layers.compute_cuda import CudaCompute
 class StatefulSteps(CudaSteps):
     """Steps that leave what a predictor reads of them."""
 
-    _kept: tuple[Tensor, dict[int, ForwardBatch]] | None = None
+    _kept: tuple[Tensor, dict[int, ForwardBatch], dict[tuple[int, ...], MixedInputs]] | None = None
 
     def decode(self, inputs: DecodeInputs, long: bool, path: SamplingPath, shared_1: Tensor | None) -> None:
         model, forward = self._loaded.model, self._prepared(inputs)
         final = model.final(replace(forward, long_context=long, shared_1=shared_1), self._kv)
         assert final is not None
         states_SH = self._compute.normed(*final)
-        self._keep(forward, states_SH)
+        self._keep(states_SH)[0][len(states_SH)] = forward
         self.sample(model.lm_head(states_SH), inputs.filters, inputs.keys, path)
 
-    def _keep(self, forward: ForwardBatch, states_SH: Tensor) -> None:
-        """In memory that is taken with the first of them, for as many rows as a step may have."""
-        rows, hidden = states_SH.shape
+    def mixed(self, inputs: MixedInputs, path: SamplingPath) -> None:
+        model, forward, rows = self._loaded.model, self.beside(inputs), inputs.rows
+        final = model.final(forward, self._kv)
+        assert final is not None
+        states_TH, picked = self._compute.normed(*final), forward.logits_rows
+        chunks = 0 if inputs.state_chunks is None else len(inputs.state_chunks) // 5
+        self._keep(states_TH)[1][len(states_TH), chunks, len(picked)] = inputs
+        self.sample(model.lm_head(states_TH[picked]), rows.filters.rows(picked), rows.keys[picked], path)
+
+    def _keep(self, states_TH: Tensor) -> tuple[dict[int, ForwardBatch], dict[tuple[int, ...], MixedInputs]]:
+        """In memory that is taken with the first of them, for as many rows as a step may have; what is beside it."""
         if self._kept is None:
-            self._kept = states_SH.new_zeros(len(self._sampled), hidden), {}
-        states, forwards = self._kept
-        states[:rows].copy_(states_SH)
-        forwards[rows] = forward
+            self._kept = states_TH.new_zeros(len(self._sampled), states_TH.shape[1]), {}, {}
+        self._kept[0][: len(states_TH)].copy_(states_TH)
+        return self._kept[1:]
 
     def kept(self, rows: int) -> tuple[ForwardBatch, Tensor]:
-        """Where the rows of the last step, of so many, are; and [rows, H], their last states, normed."""
+        """Where the rows of the last step, decodes of so many, are; and [rows, H], their last states, normed."""
         assert self._kept is not None
-        states, forwards = self._kept
-        return forwards[rows], states[:rows]
+        return self._kept[1][rows], self._kept[0][:rows]
+
+    def kept_mixed(self, key: MixedKey) -> tuple[ForwardBatch, Tensor]:
+        """The same of a step of decodes and prefill chunks, whose tokens are not told any more."""
+        assert self._kept is not None
+        return self.beside(self._kept[2][tuple(key[:3])]), self._kept[0][: key.rows]
 
 
 class _Draft(CudaSteps):
@@ -71,6 +83,7 @@ class PredictorSteps:
         rows: that a step samples at most.
 
     Attributes:
+        steps: behind which it computes.
         drafts: int64 [MOST_PREDICTED, rows], where they are left, a row a place.
     """
 
@@ -84,7 +97,7 @@ class PredictorSteps:
         sampled: Tensor,
         rows: int,
     ) -> None:
-        self._model, self._steps, self._sampled = loaded.model, steps, sampled
+        self._model, self.steps, self._sampled = loaded.model, steps, sampled
         self._kv = loaded.predictor_cache(num_blocks)
         hidden = loaded.config.blueprint.hidden_size
         self._made = torch.zeros(rows, hidden, dtype=loaded.dtype, device=sampled.device)
@@ -106,7 +119,7 @@ class PredictorSteps:
 
     def follow_decode(self, rows: int, long: bool, drafts: bool) -> None:
         """The same behind a captured step of so many rows, each of which has sampled; for ``drafts`` or for none."""
-        forward, states_SH = self._steps.kept(rows)
+        forward, states_SH = self.steps.kept(rows)
         none = None if drafts else torch.empty(0, dtype=torch.int64, device=states_SH.device)
         self.follow(replace(forward, long_context=long), states_SH, self._sampled[:rows], none)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.cuda_memory import table_width
-from tpctl.engine.runners.cuda_sizes import captures_prompts, largest_rows, paged, short_rows
+from tpctl.engine.runners.cuda_sizes import largest_rows, paged, short_rows
 from tpctl.engine.runners.cuda_steps import CudaSteps
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.scheduling.pacing import Pace
@@ -77,7 +77,7 @@ class StepSet(NamedTuple):
             numbers = max(numbers, PredictorGraphs.most_numbers(settings.max_num_seqs, MOST_PREDICTED))
         keyed = inputs(sampled, numbers, slots.tables)
         decodes, mixed = DecodeGraphs(keyed, settings.max_num_seqs, steps.decode), None
-        if captures_prompts(loaded):
+        if paged(loaded).captures_prefill:
             mixed = MixedGraphs(keyed, pace, steps.mixed, short_rows(settings), states)
         return cls(slots, sampled, steps, decodes, mixed, keyed)
 

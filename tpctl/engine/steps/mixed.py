@@ -67,6 +67,9 @@ class MixedGraphs:
         short: most tokens of one that is not.
         step: computes one such step from its inputs.
         states: whether the model has recurrent layers.
+
+    Attributes:
+        last: which graph has been run last.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class MixedGraphs:
         self._short = short
         self._states = states
         self._chunks = CHUNKS if pace is None else pace.chunks
+        self.last: MixedKey | None = None
         self._captured: set[MixedKey] = set()
         self._missed: Counter[MixedKey] = Counter()
 
@@ -170,6 +174,7 @@ class MixedGraphs:
         count = len(slots)
         key = self._key(count, 0 if states is None else states.chunks.count, len(sampled), path, paced)
         self._captured.add(key)
+        self.last = key
         starts = [num_decodes]
         for chunk in chunks:
             starts.append(starts[-1] + chunk)
