@@ -20,12 +20,13 @@ from triton.runtime.jit import JITFunction
 from tests.gpu.here import INTERPRET
 from tests.gpu.stand_in import replayed as replayed
 from tests.tiny import make_checkpoint
+from tests.tiny_predicting import make_copying
 from tpctl.bench import synthetic as synthetic_model
 from tpctl.bench.shapes import SHAPES
 from tpctl.bench.synthetic import synthetic_shards
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
-from tpctl.engine.runners import cuda_steps, outline, rehearsal
+from tpctl.engine.runners import cuda_steps, outline, predictor_steps, rehearsal
 from tpctl.engine.runners.ahead import Ahead
 from tpctl.engine.runners.rehearsal import Order, Rehearsal, rehearse
 from tpctl.engine.sampling.path import SamplingPath
@@ -241,6 +242,23 @@ def test_what_other_families_launch_was_found(
         synthetic(family, tmp_path, monkeypatch), 1, device="cuda", scheduling_policy=policy, **SETTINGS
     )
     check(config, h200, monkeypatch)
+
+
+@pytest.mark.daily(2)
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_5_text"])
+def test_what_a_predictor_launches_was_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h200: DeviceFacts
+) -> None:
+    nets = {"linear_num_key_heads": 2, "linear_num_value_heads": 4} if name == "qwen3_5_text" else {}
+    make_copying(name, tmp_path / "hf", **{**SHAPE, **nets})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    accept = predictor_steps.accept
+
+    def zeros(*args: Any) -> Any:
+        return tuple(one.zero_() for one in accept(*args))
+
+    monkeypatch.setattr(predictor_steps, "accept", zeros)
+    check(EngineConfig(tmp_path / "tp1", 1, device="cuda", speculate="mtp", **SETTINGS), h200, monkeypatch)
 
 
 def check(config: EngineConfig, facts: DeviceFacts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ kernels, so that of such a few are kept. What is missing here is compiled when i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,13 @@ from tpctl.arch.latent import Attending
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.cuda_memory import largest_prompts, run_prompts
 from tpctl.engine.runners.cuda_sizes import find_pace, paged
+from tpctl.engine.runners.cuda_steps import CudaSteps
 from tpctl.engine.runners.loading import LoadedModel, of_model
 from tpctl.engine.runners.outline import outline
+from tpctl.engine.runners.predictor_steps import PredictorSteps, StatefulSteps
 from tpctl.engine.runners.step_set import StepSet, use_kernels
 from tpctl.engine.sampling.path import SamplingPath
+from tpctl.engine.scheduling.speculation import MOST_PREDICTED
 from tpctl.engine.steps.graphs import DecodeGraphs, StepInputs, ladder
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import NUMBERS, StepStates
@@ -32,6 +35,7 @@ from tpctl.kernels.collective.all_reduce import PeerBuffer, PeerLayout
 from tpctl.kernels.common.ahead import KernelSpec, compile_for, digest, unlaunched
 from tpctl.kernels.common.launch import EARLY_ROWS, DeviceFacts, stand_for
 from tpctl.kernels.delta_net.tables import Chunks, NewTokens
+from tpctl.kernels.sampling.accept import BEFORE
 from tpctl.kernels.sampling.prepare import SlotTables
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.compute_cuda import peer_rows, reaches_others
@@ -158,7 +162,7 @@ class Rehearsal:
 
     def __init__(self, config: EngineConfig, rank: int, *, peers: bool) -> None:
         group = StandIn(rank, config.tp_size)
-        outlined = outline(replace(config, speculate="off"), group)
+        outlined = outline(config, group)
         rotaries = outlined.tables(outlined.wanted_len)
         with group.device:
             model = outlined.decoder(rotaries)
@@ -170,15 +174,23 @@ class Rehearsal:
         keep_different(loaded, self._kv)
         compute = use_kernels(loaded, pace, stand_in_peers if peers else no_peers)
         self._states = bool(loaded.state_bytes)
+        kind = CudaSteps if loaded.model.mtp is None else StatefulSteps
         self._set = StepSet.of(
-            loaded, self._kv, compute, pace, _Run, max_model_len=loaded.wanted_len, states=self._states
+            loaded, self._kv, compute, pace, _Run, max_model_len=loaded.wanted_len, states=self._states, kind=kind
         )
+        self._predictor: PredictorSteps | None = None
+        if isinstance(steps := self._set.on_device, StatefulSteps):
+            tables, sampled = self._set.slots.tables, self._set.sampled
+            seqs = loaded.settings.max_num_seqs
+            self._predictor = PredictorSteps(loaded, 1, compute, tables, steps, sampled, seqs)
 
     def steps(self) -> Iterator[Callable[[], None]]:
         """All steps, those first that are likely to be the first."""
         yield from self._prompts()
         if self._set.decodes is not None:
             yield from self._decodes(self._set.decodes)
+            if self._predictor is not None:
+                yield from self._drafts(self._predictor, self._set.decodes.sizes)
         if self._set.mixed is not None:
             yield from self._mixed(self._set.mixed)
         yield from self._filtered(ladder(self._loaded.settings.max_num_seqs))
@@ -235,6 +247,18 @@ class Rehearsal:
                 yield lambda rows=rows: graphs.run(rows, True)  # type: ignore[misc]
             if backend.shared_pool is not None and size >= _SHARED:
                 yield lambda rows=rows: graphs.run(rows, shared=1)  # type: ignore[misc]
+
+    def _drafts(self, predictor: PredictorSteps, sizes: Sequence[int]) -> Iterator[Callable[[], None]]:
+        """Behind decodes of all sizes, and for as many sequences."""
+        longest = self._loaded.wanted_len
+        for size in sizes:
+            numbers = self._set.sampled.new_zeros(BEFORE + MOST_PREDICTED, size, dtype=torch.int32)
+            counts = range(1, MOST_PREDICTED + 1) if size == sizes[0] else (2,)
+            for long in (False, True)[: 1 + paged(self._loaded).is_long(size, longest)]:
+                yield partial(predictor.follow_decode, size, long, True)
+                yield partial(predictor.follow_decode, size, long, False)
+                for count in counts:
+                    yield partial(predictor.draft, numbers, count, long, DIRECT)
 
     def _mixed(self, graphs: MixedGraphs) -> Iterator[Callable[[], None]]:
         def run(tokens: int, sampled: int, paced: bool) -> None:

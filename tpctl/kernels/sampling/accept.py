@@ -15,7 +15,7 @@ BEFORE = 4
 """Numbers of a sequence before its drafts."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _accept_kernel(packed_ptr, sampled_ptr, rows_ptr, next_ptr, sequences, DRAFTS: tl.constexpr, COUNT: tl.constexpr):
     sequence = tl.program_id(0)
     slot = tl.load(packed_ptr + sequence)
