@@ -30,6 +30,9 @@ RIGHT: Mapping[str, dict[str, Any]] = {
 }
 """Bodies that are answered soon."""
 
+BESIDE: Mapping[str, dict[str, Any]] = {"stream_options": {"stream": True}}
+"""What a field is refused without."""
+
 DEPENDENT = frozenset(
     {"best_of", "chat_template_kwargs", "choice", "grammar", "guided_choice", "guided_json", "guided_regex", "input"}
     | {"ignore_eos", "instructions", "logit_bias", "max_completion_tokens", "max_output_tokens", "max_tokens", "stop"}
@@ -75,8 +78,9 @@ def alone(whole: dict[str, Any], wanted: Any) -> dict[str, Any]:
         for name, values in schema["properties"].items():
             if not wanted(name):
                 continue
-            fields = {**{key: {"const": value} for key, value in right.items()}, name: values}
-            body = {**schema, "properties": fields, "required": sorted({*right, name})}
+            beside = {**right, **BESIDE.get(name, {})}
+            fields = {**{key: {"const": value} for key, value in beside.items()}, name: values}
+            body = {**schema, "properties": fields, "required": sorted({*beside, name})}
             content = {"required": True, "content": {"application/json": {"schema": body}}}
             paths[f"{path}?{name}"] = {
                 "post": {**operation, "operationId": f"{path}{name}", "requestBody": content},

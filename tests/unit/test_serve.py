@@ -72,6 +72,30 @@ def test_a_chat_streams(tokenizer: Tokenizer) -> None:
         assert all(chunk["usage"]["prompt_tokens"] == len("[u]Hi[a]") for chunk in every)
 
 
+@pytest.mark.parametrize("body", [chat(), {"prompt": "ab"}, {"prompt": ["ab", "c"]}], ids=["chat", "text", "texts"])
+@pytest.mark.parametrize("option", ["include_usage", "continuous_usage_stats"])
+def test_a_stream_ends_with_the_usage_of_the_whole_answer(
+    tokenizer: Tokenizer, body: dict[str, Any], option: str
+) -> None:
+    """Whatever else is asked for; each chunk of a continuous one has what there is so far."""
+    is_chat = "messages" in body
+    of_texts = [{"echo": True}, {"echo": True, "logprobs": 1}, {"max_tokens": 0}, {"max_tokens": 0, "echo": True}]
+    more = [{}, {"n": 2}, {"logprobs": True if is_chat else 1}, *([] if is_chat else of_texts)]
+    with served(tokenizer) as (client, server):
+        for asked in ({**body, **one} for one in more):
+            path = CHAT if is_chat else TEXT
+            expected = client.post(path, json=asked).json()["usage"]
+            *chunks, last = events(client, path, {**asked, "stream_options": {option: True}})
+            assert last["choices"] == [] and last["usage"] == expected, asked
+            if option == "include_usage":
+                assert all(chunk["usage"] is None for chunk in chunks)
+                continue
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts == sorted(counts) and counts[-1] == expected["completion_tokens"], asked
+            assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {expected["prompt_tokens"]}
+        assert not server.notes
+
+
 @pytest.mark.parametrize("interval", [2, 5, 1000])
 def test_tokens_are_told_together(tokenizer: Tokenizer, interval: int) -> None:
     """What is left at the end; several answers and log-probabilities stay what they are."""

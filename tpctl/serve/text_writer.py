@@ -35,9 +35,9 @@ class TextWriter(ChunkWriter):
 
     def __init__(self, echo: Sequence[str] | None, told: PromptLogprobs, scored: bool, *rest: Any) -> None:
         """``echo``: the text of each prompt; ``scored``: answers are empty, whatever the engine makes."""
-        super().__init__(*rest)
         self._echo = echo
-        self._scored = scored
+        self._scored = scored  # as the usage has it, which is told while the rest is set
+        super().__init__(*rest)
         self._told, self._echoed = told
         self._places = [0] * len(self._streams)  # characters of the tokens so far
         self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
