@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -14,10 +16,11 @@ from tests.unit.test_serve_pool import PATIENCE, closed, job, opened, until
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.serve import lane
+from tpctl.serve import endpoints, lane
 from tpctl.serve import pool as pool_module
 from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.lane import Lane
 from tpctl.serve.threads import Threads
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import EngineStats
@@ -107,7 +110,7 @@ def test_an_engine_that_says_nothing_is_told_of(tokenizer: Tokenizer, monkeypatc
         engine = Hung(tokenizer)
         closed(engine)
         pool, _ = await opened([engine])
-        endpoints = Endpoints(pool, Reader(tokenizer, {}, Threads()), ("demo",))
+        answers = Endpoints(pool, Reader(tokenizer, {}, Threads()), ("demo",))
         monkeypatch.setattr(lane, "_QUIET", 0.0)
         generation = pool.begin([job(tokenizer, "a prompt")])
         await until(lambda: engine.open)
@@ -115,11 +118,11 @@ def test_an_engine_that_says_nothing_is_told_of(tokenizer: Tokenizer, monkeypatc
         await until(lambda: engine.asked)
         monkeypatch.setattr(pool_module, "STALLED_SECONDS", 0.0)
         await until(lambda: pool.stalled)
-        assert endpoints.health().status == 503 and endpoints.health().body == b'{"status":"stalled"}'
+        assert answers.health().status == 503 and answers.health().body == b'{"status":"stalled"}'
         engine.let.set()  # it was in a long step: its counters come, and no tokens yet
         await until(lambda: engine.asked > 2 if not pool.stalled else False)
         monkeypatch.setattr(pool_module, "STALLED_SECONDS", PATIENCE)
-        assert endpoints.health().status == 200
+        assert answers.health().status == 200
         engine.gate.set()
         await asyncio.wait_for(generation.finish(), PATIENCE)
         await pool.close()
@@ -139,5 +142,59 @@ def test_an_engine_that_hangs_is_closed(tokenizer: Tokenizer) -> None:
         await asyncio.wait_for(pool.close(), PATIENCE / 2)
         let.set()
         await asyncio.gather(asking, *waiting)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("body", ["chat", "texts", "response"])
+def test_what_fails_once_prompts_were_handed_in_leaves_no_request(
+    tokenizer: Tokenizer, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer of an answer is made when an engine has begun; of the answer there is then nobody to hang up on."""
+    path, sent = {
+        "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        "texts": ("/v1/completions", {"prompt": ["ab", "c"], "n": 2}),
+        "response": ("/v1/responses", {"input": "Hi"}),
+    }[body]
+
+    def broken(*_: object) -> None:
+        raise ValueError("it has no words")
+
+    for name in ("ChatWriter", "TextWriter", "ResponseWriter"):
+        monkeypatch.setattr(endpoints, name, broken)
+    engine = FakeEngine(tokenizer)
+    with served(tokenizer, engine) as (client, server):
+        closed(engine)
+        assert client.post(path, json=sent).status_code == 500
+        (note,) = server.notes
+        assert "it has no words" in note
+        assert server.pool is not None and not server.pool.under_way
+        engine.gate.set()
+        while len(engine.aborted) < (4 if body == "texts" else 1):
+            time.sleep(0.01)
+
+
+def test_a_prompt_that_cannot_be_handed_in_takes_those_before_it_back(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = FakeEngine(tokenizer)
+        closed(engine)
+        pool, _ = await opened([engine])
+        submit, calls = Lane.submit, []
+
+        def submitted(self: Lane, requests: Sequence[Request]) -> None:
+            calls.append(requests)
+            if len(calls) == 3:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            submit(self, requests)
+
+        monkeypatch.setattr(Lane, "submit", submitted)
+        with pytest.raises(RuntimeError, match="cannot schedule"):
+            pool.begin([job(tokenizer, text) for text in "abcd"])
+        assert not pool.under_way
+        engine.gate.set()
+        await until(lambda: len(engine.requests) == 2 and {one.id for one in engine.requests} <= set(engine.aborted))
+        await pool.close()
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from tpctl.client.fields import FieldError, flag
 from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import settings
 from tpctl.errors import shown
-from tpctl.serve.answered import Answered, Said
+from tpctl.serve.answered import Answered, Said, Writer
 from tpctl.serve.asked import Reader, Streaming, read_prompts
 from tpctl.serve.errors import ApiError
-from tpctl.serve.pool import Pool
+from tpctl.serve.generation import Generation
+from tpctl.serve.pool import Job, Pool
 from tpctl.serve.responses import ResponseWriter, read_response
 from tpctl.serve.text_writer import PromptLogprobs, TextWriter
 from tpctl.serve.tokens import detokenized, tokenized
@@ -33,9 +35,15 @@ class Endpoints:
         self._interval = interval
         self._created = int(time.time())
 
-    def _told(self, stream: bool) -> int:
-        """``Generation.interval`` of an answer that streams, or does not."""
-        return self._interval if stream else 0
+    def _begun(self, jobs: Sequence[Job], stream: bool, since: float, make: Callable[[Generation], Writer]) -> ASGIApp:
+        """Hand prompts in; their answer. Where that fails nothing of them stays under way, which nobody would end."""
+        generation = self.pool.begin(jobs, self._interval if stream else 0)
+        try:
+            self.pool.metrics.begun(generation, since)
+            return Answered(generation, make(generation), self.reader.threads.answer)
+        except BaseException:
+            generation.close()
+            raise
 
     async def chat(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/chat/completions. Raises ``ApiError`` or ``RequestError``, as all of these."""
@@ -46,10 +54,12 @@ class Endpoints:
         _check_stream(wanted, streaming)
         with self.pool.reserve(wanted.choices) as info:
             job = await self.reader.conversation(messages, wanted, info)
-            generation = self.pool.begin([job], self._told(streaming.wanted))
-        self.pool.metrics.begun(generation, since)
-        writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.threads.answer)
+            return self._begun(
+                [job],
+                streaming.wanted,
+                since,
+                lambda generation: ChatWriter(model, [job], generation, self.reader.tokenizer, streaming),
+            )
 
     async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/completions."""
@@ -64,10 +74,14 @@ class Endpoints:
         with self.pool.reserve(wanted.choices * len(prompts)) as info:
             jobs = await self.reader.texts(prompts, wanted, info)
             texts = await self.reader.echoed(prompts) if echo else None
-            generation = self.pool.begin(jobs, self._told(streaming.wanted))
-        self.pool.metrics.begun(generation, since)
-        writer = TextWriter(texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.threads.answer)
+            return self._begun(
+                jobs,
+                streaming.wanted,
+                since,
+                lambda generation: TextWriter(
+                    texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming
+                ),
+            )
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/responses."""
@@ -76,10 +90,12 @@ class Endpoints:
         asked = read_response(body)
         with self.pool.reserve(1) as info:
             job = await self.reader.conversation(asked.messages, asked.wanted, info)
-            generation = self.pool.begin([job], self._told(stream))
-        self.pool.metrics.begun(generation, since)
-        writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
-        return Answered(generation, writer, self.reader.threads.answer)
+            return self._begun(
+                [job],
+                stream,
+                since,
+                lambda generation: ResponseWriter(model, asked, job, generation, self.reader.tokenizer),
+            )
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/tokenize."""

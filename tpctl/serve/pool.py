@@ -162,16 +162,18 @@ class Pool:
         guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
         generation = Generation(streams, lambda: self._release(held), interval, guide)
         places = itertools.count()
-        for job in jobs:
-            lane = self._choose(job.token_ids)
-            requests = []
-            for sampling in job.sampling:
-                request = Request(str(next(self._numbers)), job.token_ids, sampling)
-                lane.open[request.id] = (generation, next(places))
-                requests.append(request)
-            held.append((lane, [request.id for request in requests]))
-            self.metrics.prompt_tokens += len(job.token_ids)
-            lane.submit(requests)
+        try:
+            for job in jobs:
+                lane = self._choose(job.token_ids)
+                requests = [Request(str(next(self._numbers)), job.token_ids, sampling) for sampling in job.sampling]
+                held.append((lane, [request.id for request in requests]))
+                for request in requests:
+                    lane.open[request.id] = (generation, next(places))
+                self.metrics.prompt_tokens += len(job.token_ids)
+                lane.submit(requests)
+        except BaseException:  # what was handed in before it is nobody's
+            generation.close()
+            raise
         return generation
 
     def fail(self, reason: TpctlError) -> None:
