@@ -54,6 +54,8 @@ class Generation:
     Attributes:
         streams: one for each answer.
         arrived: when each one's last token came; 0: none yet.
+        num_tokens, reasoning_tokens: of all answers so far; ``cached_tokens``: of their prompts, each counted once.
+            Added up as they come, since every chunk may tell them.
         interval: tokens of an answer that are told together, but for its first, which is told at once, and its last;
             0: nothing is told before the end.
     """
@@ -64,28 +66,29 @@ class Generation:
         cancelled: Callable[[], None],
         interval: int = 1,
         guide: Guide | None = None,
+        answers: int = 1,
     ) -> None:
         """Begin.
 
         Args:
             cancelled: is called once, when what is still under way is not wanted any more.
             guide: the form that the answers are to have.
+            answers: how many there are to a prompt.
         """
         self.streams = streams
+        self.num_tokens = self.reasoning_tokens = self.cached_tokens = 0
+        self._answers = answers
+        self._cached = [0] * (len(streams) // answers)  # tokens of each prompt
         self.arrived = [0.0] * len(streams)
         self.interval = interval
         self._cancelled, self._guide = cancelled, guide
         self._left = len(streams)
         self._pieces: list[Piece] = []
         self._untold = 0  # tokens of ``_pieces``
+        self._pressing = False  # whether one of them begins or ends an answer
         self._taker: Taker | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Those of what was thought, of all answers."""
-        return sum(stream.num_thought for stream in self.streams)
 
     @property
     def done(self) -> bool:
@@ -97,18 +100,23 @@ class Generation:
         stream = self.streams[at]
         if self._error is not None or stream.finish_reason is not None:
             return True
-        before = len(stream.token_ids)
+        before, thought = len(stream.token_ids), stream.num_thought
         try:
             segments = stream.push(output)
         except TpctlError as error:  # the tokenizer cannot decode it
             self.fail(ApiError(500, str(error)))
             return True
+        new = len(stream.token_ids) - before
+        self.num_tokens += new
+        self.reasoning_tokens += stream.num_thought - thought
+        if before == 0:
+            self._count_cached(at, stream.num_cached_tokens)
         reason = stream.finish_reason
         if reason in ("error", "abort"):
             self.fail(_failure(output.message or "the request was given up", self._guide))
             return True
         if self.interval:
-            self._keep(Piece(at, segments, before, len(stream.token_ids) - before, reason))
+            self._keep(Piece(at, segments, before, new, reason))
         if reason is not None:
             self._left -= 1
             if self.interval or not self._left:
@@ -117,9 +125,18 @@ class Generation:
             self._wake()
         return reason is not None
 
+    def _count_cached(self, at: int, tokens: int) -> None:
+        """With an answer's first token it is known what was spared of its prompt."""
+        prompt = at // self._answers
+        if tokens > (known := self._cached[prompt]):
+            self._cached[prompt] = tokens
+            self.cached_tokens += tokens - known
+
     def _keep(self, piece: Piece) -> None:
         """For whoever is told next."""
         self._untold += piece.tokens
+        if piece.first == 0 or piece.finish_reason is not None:
+            self._pressing = True
         if self.interval > 1 and self._pieces and self._pieces[-1].at == piece.at:
             self._pieces[-1] = joined(self._pieces[-1], piece)
         else:
@@ -128,13 +145,11 @@ class Generation:
     @property
     def _due(self) -> bool:
         """Whether there is as much as is told together."""
-        if self.interval == 1 or self.done or self._untold >= self.interval * self._left:
-            return True
-        return any(piece.first == 0 or piece.finish_reason for piece in self._pieces)
+        return self.interval == 1 or self._pressing or self.done or self._untold >= self.interval * self._left
 
     def _tell(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
-        self._untold = 0
+        self._untold, self._pressing = 0, False
         return pieces
 
     def flush(self) -> None:

@@ -160,7 +160,8 @@ class Pool:
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
         guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
-        generation = Generation(streams, lambda: self._release(held), interval, guide)
+        answers = len(jobs[0].streams)  # to each prompt as many
+        generation = Generation(streams, lambda: self._release(held), interval, guide, answers)
         places = itertools.count()
         try:
             for job in jobs:

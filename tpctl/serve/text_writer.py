@@ -40,7 +40,6 @@ class TextWriter(ChunkWriter):
         super().__init__(*rest)
         self._told, self._echoed = told
         self._places = [0] * len(self._streams)  # characters of the tokens so far
-        self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
         self._begun: set[int] = set()  # answers whose prompt has been told, with its log-probabilities
 
     def begin(self) -> bytes:

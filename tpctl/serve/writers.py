@@ -38,6 +38,8 @@ class ChunkWriter(ABC):
         self._created = int(time.time())
         self._model = model
         self._jobs = jobs
+        self._prompt_tokens = sum(len(job.token_ids) for job in jobs)
+        self._each = len(generation.streams) // len(jobs)  # answers of a prompt
         self._generation = generation
         self._streams = generation.streams
         self._tokenizer = tokenizer
@@ -82,13 +84,11 @@ class ChunkWriter(ABC):
 
     def usage(self) -> dict[str, Any]:
         """The tokens of each prompt count once, however many answers it has."""
-        found = usage_of(
-            sum(len(job.token_ids) for job in self._jobs), sum(len(stream.token_ids) for stream in self._streams)
-        )
-        cached = sum(max(stream.num_cached_tokens for stream in job.streams) for job in self._jobs)
-        found["prompt_tokens_details"] = {"cached_tokens": cached}
+        generation = self._generation
+        found = usage_of(self._prompt_tokens, generation.num_tokens)
+        found["prompt_tokens_details"] = {"cached_tokens": generation.cached_tokens}
         if self.chat:
-            found["completion_tokens_details"] = {"reasoning_tokens": self._generation.reasoning_tokens}
+            found["completion_tokens_details"] = {"reasoning_tokens": generation.reasoning_tokens}
         return found
 
     @abstractmethod
@@ -135,8 +135,7 @@ class ChunkWriter(ABC):
     def _described(self, at: int, first: int, count: int) -> list[dict[str, Any]]:
         stream = self._streams[at]
         if (texts := self._texts.get(at)) is None:
-            job = next(job for job in self._jobs if stream in job.streams)
-            texts = self._texts[at] = token_texts(self._tokenizer, job.token_ids)
+            texts = self._texts[at] = token_texts(self._tokenizer, self._jobs[at // self._each].token_ids)
         which = slice(first, first + count)
         return logprob_rows(texts, stream.token_ids[which], stream.logprobs[which])
 
