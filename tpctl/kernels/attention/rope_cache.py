@@ -269,7 +269,8 @@ def rope_cache(
         return q_TND
     rest = head_dim - 2 * half
     total = num_heads + 2 * num_kv_heads
-    heads, warps = rope_cut(num_tokens, total)
+    # Few tokens: spread one token over several programs, for latency. Many: one program per token or two.
+    heads = min(next_power_of_2(total), 4 if num_tokens <= 64 else 16)
     sums, q_size, k_size = over_all or (unread, 1, 1)
     _rope_cache_kernel[(num_tokens, triton.cdiv(total, heads))](
         qkv_STF,
@@ -310,17 +311,10 @@ def rope_cache(
         FP8=factors is not None and is_fp8(factors),
         GATED=gated,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=1 if heads <= 4 else 4,
         **launch_options(pdl),
     )
     return q_TND
-
-
-def rope_cut(num_tokens: int, heads: int) -> tuple[int, int]:
-    """Of so many tokens' heads, how many a program has, and its warps. Few tokens: one is spread over several programs,
-    for latency. Many: one program per token or two."""
-    count = min(next_power_of_2(heads), 4 if num_tokens <= 64 else 16)
-    return count, 1 if count <= 4 else 4
 
 
 def rope_cache_reference(
