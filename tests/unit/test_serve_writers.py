@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
+import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,19 +16,39 @@ from typing import Any
 import pytest
 
 from tests.unit.fake_client import write_tokenizer
-from tests.unit.test_serve_pool import job
+from tests.unit.serving import served
+from tests.unit.test_serve_pool import job, until
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve import responses
+from tpctl.serve.answered import Answered
 from tpctl.serve.asked import Streaming
 from tpctl.serve.generation import Generation
+from tpctl.serve.responses import ResponseWriter
+from tpctl.serve.straight import STATE
 from tpctl.serve.text_writer import PromptLogprobs, TextWriter
+from tpctl.serve.threads import Threads
 from tpctl.serve.writers import ChatWriter, ChunkWriter
 from tpctl.wire.messages import Output
+from tpctl.wire.report import TokenLogprob
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     return Tokenizer(write_tokenizer(folder))
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[bool]:
+    """For each call of a writer's method, whether a thread for answers made it."""
+    made: list[bool] = []
+    method = getattr(kind, name)
+
+    def note(*arguments: Any) -> Any:
+        made.append(threading.current_thread().name.startswith("tpctl-serve-answers"))
+        return method(*arguments)
+
+    monkeypatch.setattr(kind, name, note)
+    return made
 
 
 def lines(work: Callable[[], object]) -> int:
@@ -70,3 +95,76 @@ def test_a_chunk_costs_no_more_beside_many_answers(tokenizer: Tokenizer, chat: b
         return lines(chunk)
 
     assert cost(100) == cost(2) > 0
+
+
+class Connection:
+    """One to write to at once, as uvicorn's."""
+
+    def __init__(self) -> None:
+        self.transport, self.flow = self, self
+        self.write_paused = False
+        self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+
+def test_a_prompt_s_log_probabilities_are_made_by_a_thread(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each answer's first token, the later one's as well, though the connection could be written to at once."""
+    made = noted(monkeypatch, TextWriter, "_prompt")
+
+    async def run() -> list[Any]:
+        jobs = [job(tokenizer, "abc"), job(tokenizer, "de")]
+        for one in jobs:
+            one.sampling = [replace(sampling, logprobs=0) for sampling in one.sampling]
+        generation = Generation([one.streams[0] for one in jobs], lambda: None)
+        rest = (jobs, generation, tokenizer, Streaming(True))
+        writer = TextWriter(["abc", "de"], PromptLogprobs(None, 0), False, "demo", *rest)
+        connection, sent = Connection(), []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message.get("body"):
+                connection.written.append(message["body"])
+
+        scope = {"state": {STATE: weakref.ref(connection)}, "http_version": "1.1"}
+        with Threads() as threads:
+            answered = asyncio.create_task(
+                Answered(generation, writer, threads.answer)(scope, asyncio.Event().wait, send)
+            )
+            for at, reason in ((0, None), (0, None), (1, None), (0, "length"), (1, "length")):
+                count = len(connection.written)
+                told = [TokenLogprob(-0.5, [])]
+                begun = [TokenLogprob(-0.25, [])] * (len(jobs[at].token_ids) - 1)
+                generation.push(at, Output(str(at), tokenizer.encode("x"), reason, None, told, prompt_logprobs=begun))
+                generation.flush()
+                await until(lambda count=count: len(connection.written) > count)
+            await answered
+        assert any(one.endswith(b"\r\n") for one in connection.written)  # at once
+        text = b"".join(connection.written).decode()
+        return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+    chunks = [choice for chunk in asyncio.run(run()) for choice in chunk["choices"]]
+    for at, text in enumerate(("abc", "de")):
+        mine = [choice for choice in chunks if choice["index"] == at]
+        assert "".join(choice["text"] for choice in mine) == text + "x" * (3 - at)
+        tokens = [token for choice in mine for token in (choice["logprobs"] or {"tokens": []})["tokens"]]
+        assert "".join(tokens) == text + "x" * (3 - at)
+    assert made == [True, True]
+
+
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_a_long_response_is_told_whole_by_a_thread(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(responses, "SLOW", most)
+    made = noted(monkeypatch, ResponseWriter, "end")
+    with served(tokenizer) as (client, _):
+        answer = client.post("/v1/responses", json={"input": "Hi", "stream": True})
+        assert answer.text.count("response.completed") == 2  # its name, and in its data
+    assert made == [most == 0]

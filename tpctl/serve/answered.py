@@ -25,6 +25,9 @@ class Writer(Protocol):
     def begin(self) -> bytes:
         """What comes before all else."""
 
+    def slow(self, pieces: Sequence[Piece]) -> bool:
+        """Whether to make what is said of new text, or of none the end, would hold up the event loop."""
+
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         """What is said of new text."""
 
@@ -82,18 +85,18 @@ class Answered:
         said = writer.begin()
 
         def at_once(pieces: list[Piece]) -> bool:
-            if to is None or not to.open:
+            if to is None or not to.open or writer.slow(pieces):
                 return False
             to.write(writer.pieces(pieces))
             return True
 
         try:
             while pieces:
-                if said := said + writer.pieces(pieces):
+                if said := said + await self._made(writer.pieces, pieces):
                     await send({"type": "http.response.body", "body": said, "more_body": True})
                 said = b""
                 pieces = await self._generation.next(None if to is None else at_once)
-            said += writer.end()
+            said += await self._made(writer.end)
         except ApiError as error:
             said += writer.broken(error)
         except Gone:
@@ -101,6 +104,11 @@ class Answered:
         except Exception as error:
             said += writer.broken(scope["app"].failed(error, scope))
         return await send({"type": "http.response.body", "body": said, "more_body": False})
+
+    async def _made(self, make: Callable[..., bytes], *pieces: list[Piece]) -> bytes:
+        """By a thread, if it is slow; what comes meanwhile waits its turn."""
+        slow = self._writer.slow(pieces[0] if pieces else ())
+        return await self._run(make, *pieces) if slow else make(*pieces)
 
 
 async def say(status: int, headers: list[tuple[bytes, bytes]], body: bytes, send: Send) -> None:

@@ -13,6 +13,7 @@ from tpctl.client.forms import Wanted
 from tpctl.client.openai_answers import response_logprobs
 from tpctl.client.openai_fields import check_names, settings
 from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES, VERBOSITY
+from tpctl.client.reasoning_stream import Segment
 from tpctl.client.token_text import TokenTexts, logprob_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
@@ -33,6 +34,11 @@ _NAMES = {
     "response_format": "text.format",
 }
 """What a body says for tpctl's own fields."""
+
+SLOW = 1 << 18
+"""Bytes of items, about, which a thread tells whole, since that takes milliseconds."""
+
+_TOKEN = 1 << 10  # bytes, about, of a token's log-probabilities
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ class ResponseWriter:
         self._tokenizer = tokenizer
         self._texts: TokenTexts | None = None  # made for the first log-probability that is told
         self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
+        self._length = 0  # bytes, about, of the items so far
         self._number = 0
         self._open: _Open | None = None
         self._told: list[dict[str, Any]] = []  # items, as far as they were told
@@ -158,6 +165,17 @@ class ResponseWriter:
         return self._event("response.created", response=response) + self._event(
             "response.in_progress", response=response
         )
+
+    def slow(self, pieces: Sequence[Piece]) -> bool:
+        """What closes an item tells all of it again, several times; so does the end, of all items."""
+        if self._length < SLOW:
+            return False
+        return not pieces or any(self._closes(segment) for piece in pieces for segment in piece.segments)
+
+    def _closes(self, segment: Segment) -> bool:
+        kind = "function_call" if segment.call else "reasoning" if segment.reasoning else "message"
+        opens = segment.call is not None and segment.call.id is not None
+        return self._open is not None and (opens or self._open.kind != kind)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         found = []
@@ -244,10 +262,12 @@ class ResponseWriter:
             found = self._close() + self._begin(self._new(kind))
         assert self._open is not None
         self._open.text += text
+        self._length += len(text)
         name, more = "reasoning_text", {}
         if kind == "message":
             name, more = "output_text", {"logprobs": (new := self._logprobs())}
             self._open.logprobs += new
+            self._length += _TOKEN * len(new)
         return found + self._event(f"response.{name}.delta", **self._place(), delta=text, **more)
 
     def _logprobs(self) -> list[dict[str, Any]]:
@@ -255,7 +275,8 @@ class ResponseWriter:
         stream, first = self._stream, self._described
         if not (places := stream.said[self._said :]):
             return []
-        self._said, self._described = len(stream.said), places[-1] + 1
+        self._said += len(places)  # to which others may come meanwhile
+        self._described = places[-1] + 1
         new = slice(first, self._described)
         if self._texts is None:
             self._texts = token_texts(self._tokenizer, self._job.token_ids)

@@ -45,10 +45,12 @@ class TextWriter(ChunkWriter):
     def begin(self) -> bytes:
         if self._echo is None or self._echoed is not None:
             return b""
-        texts = (self._echo[at // self._each] for at in range(len(self._streams)))
-        return b"".join(
-            head + b'"text":' + encode(text) + self._tail for head, text in zip(self._heads, texts, strict=True)
-        )
+        texts = [b'"text":' + encode(text) + self._tail for text in self._echo]
+        return b"".join(head + texts[at // self._each] for at, head in enumerate(self._heads))
+
+    def slow(self, pieces: Sequence[Piece]) -> bool:
+        """A prompt's log-probabilities are as many as its tokens, whatever is new of its answer."""
+        return self._echoed is not None and any(piece.at not in self._begun for piece in pieces)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         if self._scored:

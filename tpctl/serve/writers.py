@@ -56,6 +56,9 @@ class ChunkWriter(ABC):
     def begin(self) -> bytes:
         return b""
 
+    def slow(self, pieces: Sequence[Piece]) -> bool:
+        return False
+
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         plain = not (self._wants_logprobs or self._streaming.continuous_usage)
         found = []
