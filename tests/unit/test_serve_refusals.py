@@ -162,6 +162,7 @@ def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
         client.headers["authorization"] = "Bearer secret"
         assert client.post(CHAT, json=chat()).status_code == 200
         assert "/v1/embeddings is not known here" in error(client.post("/v1/embeddings", json={}), 404).message
+        assert "/v1/models/ is not known here" in error(client.get("/v1/models/"), 404).message
         assert "is not for GET" in error(client.get(CHAT), 405).message
         unknown = error(client.post(CHAT, json=chat(model="gpt-4")), 404)
         assert (unknown.code, unknown.param) == ("model_not_found", "model")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from tpctl.client.fields import FieldError, flag
@@ -118,9 +119,10 @@ class Endpoints:
         return Said({"object": "list", "data": [self._model(name, info.max_model_len) for name in self.names]})
 
     def one_model(self, name: str) -> Said:
-        """/v1/models/NAME."""
-        self.model({"model": name})
-        return Said(self._model(name, self.pool.check_open(0).max_model_len))
+        """/v1/models/NAME. Raises ``HTTPException`` for no name, which here is no first one's."""
+        if not name:
+            raise HTTPException(404)
+        return Said(self._model(self.model({"model": name}), self.pool.check_open(0).max_model_len))
 
     def health(self) -> Said:
         """/health: 200 only when requests are taken, and engines answer them."""
