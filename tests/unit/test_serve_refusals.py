@@ -69,6 +69,18 @@ def error(response: Any, status: int) -> ErrorObject:
         (CHAT, chat(stream="yes"), "stream", 'stream is "yes", but must be true or false'),
         (CHAT, chat(stream_options={}), "stream_options", "stream_options is {}, but stream is not true"),
         (CHAT, chat(stream=True, stream_options={"a": 1}), "stream_options", "unknown field 'a' in stream_options"),
+        (
+            CHAT,
+            chat(stream=True, stream_options={"include_obfuscation": True}),
+            "include_obfuscation",
+            "include_obfuscation is true, which tpctl cannot do",
+        ),
+        (
+            "/v1/responses",
+            {"input": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options",
+            'stream_options is {"include_obfuscation": true}, which tpctl cannot do',
+        ),
         (CHAT, chat(tools=[{"type": "function"}]), "tools", "tool 1: function is null"),
         (
             CHAT,

@@ -76,7 +76,7 @@ NOT_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "max_tool_calls": (),
     "context_management": (),
-    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+    "stream_options": ({}, {"include_obfuscation": False}),
 }
 """The same of ``RESPONSES``, beside those of a chat."""
 
@@ -121,9 +121,10 @@ FORMS: Mapping[str, Schema] = {
     "choice": {"type": "array", "items": WORDS, "minItems": 1},
     "grammar": {**WORDS, "maxLength": MOST_CHARACTERS},
 }
-STREAM_OPTIONS = closed(
-    {name: nullable(FLAG) for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")}
-)
+NOT_IN_STREAMS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
+"""The same of ``stream_options``: chunks are as long as their texts make them."""
+
+STREAM_OPTIONS = closed(_nullable({"include_usage": FLAG, "continuous_usage_stats": FLAG, **harmless(NOT_IN_STREAMS)}))
 _FUNCTION = closed(
     {
         "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},

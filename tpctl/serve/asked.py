@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
-from tpctl.client.fields import FieldError, asked_as, flag, given
+from tpctl.client.fields import FieldError, asked_as, flag, given, refuse
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
 from tpctl.client.guides import called
-from tpctl.client.openai_schemas import MOST_MESSAGES, MOST_PROMPTS, STREAM_OPTIONS
+from tpctl.client.openai_schemas import MOST_MESSAGES, MOST_PROMPTS, NOT_IN_STREAMS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -56,9 +56,13 @@ class Streaming:
         known = STREAM_OPTIONS["properties"].keys()
         if unknown := sorted(options.keys() - known):
             raise FieldError(f"unknown field {unknown[0]!r} in stream_options", "stream_options")
-        given_options = given(options)
-        values = {name: flag(given_options.get(name, False), f"stream_options.{name}") for name in sorted(known)}
-        return cls(True, values["include_usage"] or values["continuous_usage_stats"], values["continuous_usage_stats"])
+        left = given(options)
+        refuse(left, NOT_IN_STREAMS)
+        usage, continuous = (
+            flag(left.get(name, False), f"stream_options.{name}")
+            for name in ("include_usage", "continuous_usage_stats")
+        )
+        return cls(True, usage or continuous, continuous)
 
 
 class Reader:
