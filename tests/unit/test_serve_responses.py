@@ -19,6 +19,8 @@ from tpctl.client.tokenizer import Tokenizer
 
 PATH = "/v1/responses"
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+HELLO = {"role": "user", "content": "a"}
+THOUGHT = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,26 @@ def test_items_are_messages(thinking: Tokenizer) -> None:
         assert answer.output_text == "<[s]D[u]a\nb[a](hm)c[u]d>"
         effort = Response.model_validate(client.post(PATH, json={"input": "x", "reasoning": {"effort": "low"}}).json())
         assert effort.output_text == "<[u]x!>" and effort.reasoning is not None and effort.reasoning.effort == "low"
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "told"),
+    [
+        ([{"summary": [{"type": "summary_text", "text": "in short"}]}], "in short"),
+        ([{"summary": [{"type": "summary_text", "text": "in short"}], "content": THOUGHT["content"]}], "hm"),
+        ([{"content": THOUGHT["content"], "encrypted_content": "x"}, THOUGHT], "hm\nhm"),
+        ([{"summary": []}], ""),
+    ],
+)
+def test_what_was_thought_is_told_whichever_way_an_item_has_it(
+    thinking: Tokenizer, thoughts: list[dict[str, Any]], told: str
+) -> None:
+    parsed = {"type": "output_text", "text": "c", "annotations": [], "logprobs": [], "parsed": {"c": 1}}
+    answer = {"role": "assistant", "content": [parsed], "id": "msg_1", "status": "completed", "phase": None}
+    items = [HELLO, *({"type": "reasoning", "id": "rs_1", **one} for one in thoughts), answer, HELLO]
+    with served(thinking) as (client, _):
+        found = Response.model_validate(client.post(PATH, json={"input": items}).json()).output_text
+        assert found == f"<[u]a[a]{f'({told})' if told else ''}c[u]a>"
 
 
 def test_a_response_streams(tokenizer: Tokenizer) -> None:
@@ -156,6 +178,39 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "tpctl takes text only"),
         ({"input": [5]}, "input", "item 1 of input is 5, which tpctl cannot take"),
         ({"input": [{"role": 5, "content": "a"}]}, "input", "must have a string as its role"),
+        (
+            {"input": [{"role": "user", "content": "a", "colour": 1}]},
+            "input",
+            'item 1 of input has the field "colour", which tpctl does not know; leave it out',
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "colour": 1}]}]},
+            "input",
+            'a part of item 1 of input has the field "colour"',
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "namespace": "g"}]},
+            "input",
+            'has the field "namespace"',
+        ),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": "b", "content": "c"}]},
+            "input",
+            'has the field "content"',
+        ),
+        ({"input": [{"type": [], "role": "user"}]}, "input", "item 1 of input is of type []"),
+        (
+            {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}, HELLO]},
+            "input",
+            "item 1 of input has its thoughts as encrypted_content, which tpctl cannot read",
+        ),
+        (
+            {"input": [HELLO, THOUGHT, THOUGHT]},
+            "input",
+            "item 2 of input is reasoning, which no message or call of the assistant follows; leave it out",
+        ),
+        ({"input": [THOUGHT, HELLO, {"role": "assistant", "content": "b"}]}, "input", "item 1 of input is reasoning"),
+        ({"input": [THOUGHT, {"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input", "item 1"),
         ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "which tpctl cannot do"),
         ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tool 1: name is null"),
         ({"input": "a", "text": {"format": {"type": "json"}}}, "text.format", 'text.format: type is "json"'),
