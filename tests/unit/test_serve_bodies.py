@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message, Scope
 
@@ -20,14 +22,19 @@ from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
 from tpctl.client import guides
 from tpctl.client.forms import Wanted
+from tpctl.client.openai_schemas import MOST_ITEMS
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.asked import MOST_TOOLS
+from tpctl.errors import RequestError
 from tpctl.serve import answered, threads, tokens
 from tpctl.serve.answered import encode
 from tpctl.serve.asked import Reader, read_prompts
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
+from tpctl.serve.responses import read_response
 from tpctl.serve.threads import Threads
 from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
+from tpctl.serve.weight import MOST_VALUES, Weight
 from tpctl.wire.guide import Guide
 
 PATIENCE = 60.0
@@ -128,6 +135,84 @@ def test_bodies_together_have_no_more_than_their_room() -> None:
             read(body(1_900_000), again, 950_000)
         with Share(room) as other:  # what is too long is not kept
             read(body(900_000), other)
+
+
+VALUES: list[tuple[str, int, int]] = [
+    ("[],", 0, 1),
+    ("[[]],", 0, 2),
+    ("{},", 0, 1),
+    ('{"a":1},', 1, 1),
+    ('{"ab":"cd","ef":[1]},', 3, 2),
+    ('"ab",', 1, 0),
+    ('"' + "ab" * 500 + '",', 1, 0),
+    ('"' + "ab" * 500 + "\u3042" + '",', 1, 0),
+    ('"' + "ab" * 500 + "\U0001f600" + '",', 1, 0),
+    ('"' + "ab" * 500 + "\\u3042" + '",', 1, 0),
+    ('"' + "ab" * 500 + "\\ud83d\\ude00" + '",', 1, 0),
+    ("999,", 0, 0),
+    ("1.5,", 0, 0),
+]
+"""An item with the comma behind it, its strings, and its arrays and objects."""
+
+
+@pytest.mark.parametrize(("item", "strings", "containers"), VALUES)
+def test_what_a_body_takes_decoded_is_told_before_it_is_decoded(item: str, strings: int, containers: int) -> None:
+    count = 200_000 // len(item.encode())
+    raw = f'{{"user":[{item * count}0]}}'.encode()
+    found = Weight.of(raw)
+    assert (found.strings, found.containers) == (strings * count + 1, containers * count + 2)
+    tracemalloc.start()
+    try:
+        decoded = msgspec.json.decode(raw)
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(decoded["user"]) == count + 1
+    assert size <= found.size <= 6 * size + 2 * len(raw)
+
+
+@pytest.mark.parametrize("text", ['"[{,', "[" * 1000 + "\\", '\\"', '\\\\\n"{', "a\nb", "\\ud800"])
+def test_what_stands_in_a_string_is_no_value(text: str) -> None:
+    found = Weight.of(json.dumps({"prompt": [text, [text]] * 100}).encode())
+    assert (found.strings, found.containers) == (201, 102)
+
+
+def test_a_body_has_so_many_values_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(raw: bytes) -> str:
+        with Share(Room(1 << 40)) as share, pytest.raises(ApiError) as found:
+            read([raw], share)
+        assert (found.value.status, found.value.code) == (413, "body_too_large")
+        return found.value.message
+
+    with Share(Room(1 << 40)) as share:
+        most = MOST_VALUES - 3  # beside the object, its key and the list
+        assert len(read([b'{"user":[' + b"[]," * most + b"0]}"], share)["user"]) == most + 1
+        assert read([json.dumps({"prompt": "[{,}]" * MOST_VALUES}).encode()], share)
+        monkeypatch.setattr(msgspec.json, "decode", None)  # which is not asked
+        assert "has 262145 strings, arrays and objects or more, but at" in refused(
+            b'{"user":[' + b"[]," * (most + 1) + b"0]}"
+        )
+        assert "has 300001 strings, arrays and objects or more" in refused(b'{"user":[' + b'"a",' * 300_000 + b"0]}")
+        assert "has 1000000 strings, arrays and objects or more" in refused(b"[" * 1_000_000)
+
+
+def test_the_room_has_what_bodies_take_decoded() -> None:
+    ids = json.dumps({"prompt": [999] * 100_000}, separators=(",", ":")).encode()  # 400 kB, which become 4.4 MB
+    room = Room(6_000_000)
+    with Share(room) as first, Share(room) as second, Share(room) as third:
+        read([ids], first)
+        read([ids], second)  # each counts for half of it at most
+        with pytest.raises(ApiError, match=r"have 5\.9 MB, and 334\.[0-9] kB more would be above the 6\.0 MB"):
+            read([ids], third)
+
+
+def test_tools_and_items_are_refused_by_their_number() -> None:
+    tools = Unseen([{"type": "function", "name": "a"}] * (MOST_TOOLS + 1))
+    with pytest.raises(RequestError, match="tools has 1025 functions, but must be a list of at most 1024"):
+        read_response({"input": "a", "tools": tools})
+    items = Unseen([{"role": "user", "content": "a"}] * (MOST_ITEMS + 1))
+    with pytest.raises(RequestError, match="input has 8193 items, but at most 8192 are taken; leave some out"):
+        read_response({"input": items})
 
 
 def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ MOST_CHOICES = 128
 MOST_PROMPTS = 2048
 MOST_MESSAGES = 2048
 """Of a request to a server, where a chat template's processes are shared: the longest take it a tenth of a second."""
+MOST_ITEMS = 4 * MOST_MESSAGES
+"""Of ``RESPONSES``: messages, and the thoughts and calls that are parts of one."""
 
 ANYTHING: Schema = {}
 FLAG: Schema = {"type": "boolean"}
@@ -251,7 +253,7 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
     },
     RESPONSES: {
         "model": STRING,
-        "input": {"anyOf": [STRING, {"type": "array", "minItems": 1, "items": OBJECT}]},
+        "input": {"anyOf": [STRING, {"type": "array", "minItems": 1, "maxItems": MOST_ITEMS, "items": OBJECT}]},
         "instructions": STRING,
         "stream": FLAG,
         "max_output_tokens": RANGES["max_tokens"].schema(),

@@ -89,8 +89,8 @@ def _outputs(value: Any) -> list[tuple[str, str, Any]]:
     if not isinstance(value, dict):
         raise FieldError(f"{name} is {shown(value)}, but must be a JSON object", name)
     given = {kind: one for kind, one in value.items() if one is not None}
-    if unknown := sorted(given.keys() - set(_OF_OUTPUTS)):
-        raise FieldError(f"unknown field {shown(unknown[0])} in {name}; known: {', '.join(_OF_OUTPUTS[:4])}", name)
+    if unknown := given.keys() - set(_OF_OUTPUTS):
+        raise FieldError(f"unknown field {shown(min(unknown))} in {name}; known: {', '.join(_OF_OUTPUTS[:4])}", name)
     if not given:
         raise FieldError(f"{name} asks for no form; give one of {', '.join(_OF_OUTPUTS[:4])}", name)
     return [(f"{name}.{kind}", kind, one) for kind, one in given.items()]

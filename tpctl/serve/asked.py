@@ -54,8 +54,8 @@ class Streaming:
         if not isinstance(options, dict):
             raise FieldError(f"stream_options is {shown(options)}, but must be a JSON object", "stream_options")
         known = STREAM_OPTIONS["properties"].keys()
-        if unknown := sorted(options.keys() - known):
-            raise FieldError(f"unknown field {unknown[0]!r} in stream_options", "stream_options")
+        if unknown := options.keys() - known:
+            raise FieldError(f"unknown field {min(unknown)!r} in stream_options", "stream_options")
         left = given(options)
         refuse(left, NOT_IN_STREAMS)
         usage, continuous = (

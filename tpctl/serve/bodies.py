@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope
 from tpctl.errors import format_bytes, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.weight import Weight
 
 BODY_SECONDS = 60.0
 """In which a body has to arrive."""
@@ -30,7 +31,7 @@ _UNWANTED, _UNWANTED_SECONDS = 16 << 20, 5.0
 
 
 class Room:
-    """Bytes that the bodies of all requests may have together, until they have become prompts."""
+    """Bytes that the bodies of all requests may have together in memory, until they have become prompts."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -68,6 +69,11 @@ class Share:
             self._room.take(more)
             self._held += more
 
+    def decoded(self, size: int) -> None:
+        """The body takes ``size`` bytes decoded. No more is counted than half of the room, so that one whose values
+        take more than their JSON finds its place beside others. Raises ``ApiError``."""
+        self.grow(min(size, self._room.most // 2))
+
     def give_back(self) -> None:
         """May be called again."""
         self._room.take(-self._held)
@@ -84,7 +90,7 @@ async def read_object(
         share: grows by them.
 
     Raises:
-        ApiError: it is too long, too slow, no JSON, or no object, or there is no room for it.
+        ApiError: it is too long, too slow, no JSON, of too many values, or no object, or there is no room for it.
         Gone: whoever sent it hung up.
     """
     try:
@@ -92,6 +98,8 @@ async def read_object(
             raw = await _read(scope, receive, most, share)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:.0f} s") from None
+    if len(raw) > _SMALL:
+        share.decoded(Weight.of(raw).size)
     try:
         body = msgspec.json.decode(raw)
     except msgspec.MsgspecError as error:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpctl.client.fields import FieldError
+from tpctl.client.openai_schemas import MOST_ITEMS
+from tpctl.client.tools.asked import MOST_TOOLS
 from tpctl.errors import shown
 
 _TEXTS = ("input_text", "output_text", "text")
@@ -26,7 +28,7 @@ _NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of a field that say not
 def chat_tools(body: Mapping[str, Any]) -> dict[str, Any]:
     """Of a body's tools and its choice of them those that are functions, as a chat's body has them."""
     found: dict[str, Any] = {}
-    if isinstance(tools := body.get("tools"), list):
+    if isinstance(tools := body.get("tools"), list) and len(tools) <= MOST_TOOLS:  # more are refused as they are
         found["tools"] = [_tool(tool) for tool in tools]
     choice = body.get("tool_choice")
     if isinstance(choice, Mapping) and choice.get("type") == "function" and choice.keys() == {"type", "name"}:
@@ -56,6 +58,8 @@ def read_items(body: dict[str, Any]) -> list[dict[str, Any]]:
         return [*opening, {"role": "user", "content": items}]
     if not isinstance(items, list) or not items:
         raise FieldError(f"input is {shown(items)}, but must be a text or a list of items, not empty", "input")
+    if len(items) > MOST_ITEMS:
+        raise FieldError(f"input has {len(items)} items, but at most {MOST_ITEMS} are taken; leave some out", "input")
     conversation = _Conversation(opening)
     for number, item in enumerate(items, start=1):
         conversation.add(number, item)

@@ -111,8 +111,8 @@ def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     function = tool.get("function")
     if not isinstance(function, dict):
         raise ToolsError(f"{what}: function is {shown(function)}, but must be a JSON object", "tools")
-    if unknown := sorted(function.keys() - {"name", "description", "parameters", "strict"}):
-        raise ToolsError(f"{what}: unknown field {shown(unknown[0])} in its function", "tools")
+    if unknown := function.keys() - {"name", "description", "parameters", "strict"}:
+        raise ToolsError(f"{what}: unknown field {shown(min(unknown))} in its function", "tools")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ToolsError(
