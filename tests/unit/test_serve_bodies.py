@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from starlette.types import Message, Scope
 
 from tests.unit.fake_client import INFO, write_tokenizer
 from tests.unit.serving import served
-from tests.unit.test_serve import TEXT
+from tests.unit.test_serve import CHAT, TEXT, chat
+from tests.unit.test_serve_pool import job
 from tests.unit.test_serve_refusals import error
 from tpctl.client import guides
 from tpctl.client.forms import Wanted
-from tpctl.client.openai_schemas import MOST_ITEMS
+from tpctl.client.openai_schemas import MOST_ITEMS, RESPONSES
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import MOST_TOOLS
 from tpctl.errors import RequestError
@@ -31,7 +33,8 @@ from tpctl.serve.answered import encode
 from tpctl.serve.asked import Reader, read_prompts
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
-from tpctl.serve.responses import read_response
+from tpctl.serve.generation import Generation
+from tpctl.serve.responses import ResponseWriter, read_response
 from tpctl.serve.threads import Threads
 from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
 from tpctl.serve.weight import MOST_VALUES, Weight
@@ -228,6 +231,45 @@ def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, m
         assert small.result(PATIENCE).status_code == 200
         assert {one.result(PATIENCE).status_code for one in waiting} == {400, 429}  # 60,000 tokens are too many
         assert error(client.post(TEXT, json=long), 400).code == "context_length_exceeded"
+
+
+def test_a_response_has_room_for_what_it_repeats_until_its_end(tokenizer: Tokenizer) -> None:
+    function = {"name": "a", "description": "x" * 200_000}
+    long = {"tools": [{"type": "function", **function}], "tool_choice": "none"}
+    of_chat = chat(tools=[{"type": "function", "function": function}], tool_choice="none")
+    with served(tokenizer, max_body=300_000) as (client, server), ThreadPoolExecutor(40) as clients:
+        gate = server.engines[0].gate
+        gate.clear()
+        try:
+            waiting = [clients.submit(client.post, RESPONSES, json={**long, "input": "a"}) for _ in range(24)]
+            until(lambda: sum(one.done() for one in waiting) == 7)  # 17 times 135 kB are 2.3 MB
+            assert {error(one.result(), 429).code for one in waiting if one.done()} == {"bodies_full"}
+            small = clients.submit(client.post, RESPONSES, json={"input": "a"})
+        finally:
+            gate.set()
+        found = [one.result(PATIENCE) for one in waiting]
+        assert sorted(one.status_code for one in found) == [200] * 17 + [429] * 7
+        assert small.result(PATIENCE).status_code == 200
+        assert server._app is not None and server._app.room._held == 0
+        gate.clear()
+        try:  # a chat repeats nothing
+            waiting = []
+            while len(waiting) < 20:
+                waiting.append(clients.submit(client.post, CHAT, json=of_chat))
+                until(lambda: server.pool is not None and server.pool.under_way == len(waiting))
+        finally:
+            gate.set()
+        assert {one.result(PATIENCE).status_code for one in waiting} == {200}
+
+
+def test_an_answer_keeps_nothing_of_what_it_does_not_repeat(tokenizer: Tokenizer) -> None:
+    body = {"input": [{"role": "user", "content": "a" * 50}], "user": ["b" * 50], "metadata": {"a": "b"}}
+    asked = read_response(body)
+    seen, prompt = weakref.ref(asked), job(tokenizer, "a")
+    writer = ResponseWriter("demo", asked, prompt, Generation(prompt.streams, lambda: None), tokenizer)
+    assert 0 < asked.size < 2000 and "bbb" not in str(asked.said)
+    del asked
+    assert seen() is None and writer.whole()["metadata"] == {"a": "b"}
 
 
 def test_a_form_that_takes_long_to_look_at_holds_up_no_others(

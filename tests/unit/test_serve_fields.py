@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
@@ -15,6 +16,7 @@ from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, TEXT, chat, events
 from tests.unit.test_serve_refusals import error
+from tpctl.client.openai_schemas import METADATA, RESPONSES
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.guide import of_schema
 from tpctl.wire.sampling import SamplingParams
@@ -104,6 +106,32 @@ def test_what_asks_for_nothing_is_let_pass(tokenizer: Tokenizer) -> None:
     }
     plain = sampled(tokenizer, chat(seed=1))
     assert sampled(tokenizer, chat(seed=1, **nothing)) == plain and plain.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (5, "metadata is 5, but must be a JSON object"),
+        ([], "metadata is [], but must be a JSON object"),
+        ({"a": 5}, 'metadata: "a" is 5, but must be a text'),
+        ({"a": None}, 'metadata: "a" is null, but must be a text'),
+        ({str(n): "" for n in range(17)}, "metadata has 17 pairs, but at most 16 are taken; leave some out"),
+        ({"a" * 65: "b"}, "has 65 characters and its text 1, but at most 64 and 512 are taken; shorten them"),
+        ({"a": "b" * 513}, 'metadata: "a" has 1 characters and its text 513, but at most 64 and 512 are taken'),
+    ],
+)
+def test_metadata_has_the_limits_of_openai_s(tokenizer: Tokenizer, metadata: Any, said: str) -> None:
+    schema = Draft202012Validator(METADATA)
+    most = {f"{n:064}": "\u3042" * 512 for n in range(16)}
+    assert schema.is_valid(most) and not schema.is_valid(metadata)
+    with served(tokenizer) as (client, server):
+        for path, body in ((CHAT, chat()), (TEXT, {"prompt": "a"}), (RESPONSES, {"input": "a"})):
+            found = error(client.post(path, json={**body, "metadata": metadata}), 400)
+            assert said in found.message and found.param == "metadata"
+            assert client.post(path, json={**body, "metadata": None}).status_code == 200
+            answer = client.post(path, json={**body, "metadata": most})
+            assert answer.status_code == 200 and answer.json().get("metadata", most) == most
+        assert not server.notes
 
 
 def test_reasoning_effort_beside_what_is_no_object(tokenizer: Tokenizer) -> None:

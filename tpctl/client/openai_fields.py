@@ -17,6 +17,9 @@ from tpctl.client.openai_schemas import (
     FIELDS,
     MEANINGLESS,
     MOST_CHOICES,
+    MOST_PAIR_NAME,
+    MOST_PAIR_TEXT,
+    MOST_PAIRS,
     NOT_DONE,
     OF_CHATS_ALONE,
     TEXT,
@@ -61,6 +64,7 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
     if not checked:
         check_names(body, CHAT if chat else TEXT)
     refuse(body, {**NOT_DONE, **VERBOSITY})
+    _check_metadata(body.pop("metadata", {}))
     for name in ("model", *MEANINGLESS, *OF_CHATS_ALONE):
         body.pop(name, None)
     choices = whole(body.pop("n", 1), "n", 1, MOST_CHOICES)
@@ -80,6 +84,25 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
     fields |= _chat(body) if chat else _text(body)
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}
     return Wanted(fields, choices, tools, names)
+
+
+def _check_metadata(value: Any) -> None:
+    """Raises ``FieldError`` for what is not as ``METADATA`` has it."""
+    if not isinstance(value, dict):
+        raise FieldError(f"metadata is {shown(value)}, but must be a JSON object", "metadata")
+    if len(value) > MOST_PAIRS:
+        raise FieldError(
+            f"metadata has {len(value)} pairs, but at most {MOST_PAIRS} are taken; leave some out", "metadata"
+        )
+    for name, text in value.items():
+        if not isinstance(text, str):
+            raise FieldError(f"metadata: {shown(name)} is {shown(text)}, but must be a text", "metadata")
+        if len(name) > MOST_PAIR_NAME or len(text) > MOST_PAIR_TEXT:
+            raise FieldError(
+                f"metadata: {shown(name)} has {len(name)} characters and its text {len(text)}, but at most "
+                f"{MOST_PAIR_NAME} and {MOST_PAIR_TEXT} are taken; shorten them",
+                "metadata",
+            )
 
 
 def _length(body: dict[str, Any]) -> dict[str, Any]:

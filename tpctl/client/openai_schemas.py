@@ -40,7 +40,6 @@ IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 MEANINGLESS: Mapping[str, Schema] = dict.fromkeys(
     (
         "user",
-        "metadata",
         "store",
         "service_tier",
         "safety_identifier",
@@ -51,6 +50,15 @@ MEANINGLESS: Mapping[str, Schema] = dict.fromkeys(
     ANYTHING,
 )
 """Fields that change no answer, and are not looked at."""
+
+MOST_PAIRS, MOST_PAIR_NAME, MOST_PAIR_TEXT = 16, 64, 512
+METADATA: Schema = {
+    "type": "object",
+    "maxProperties": MOST_PAIRS,
+    "propertyNames": {"maxLength": MOST_PAIR_NAME},
+    "additionalProperties": {"type": "string", "maxLength": MOST_PAIR_TEXT},
+}
+"""Changes no answer either, but ``RESPONSES`` repeats it: with OpenAI's limits, of pairs and of their characters."""
 
 NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -208,6 +216,7 @@ _OF_BOTH: Mapping[str, Schema] = {
     "prompt_logprobs": RANGES["prompt_logprobs"].schema(),
     **_LENGTHS,
     **_SAMPLING,
+    "metadata": METADATA,
     **MEANINGLESS,
     **harmless(NOT_DONE),
 }
@@ -265,6 +274,7 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         **_OF_CHATS,
         "tools": _FLAT_TOOLS,
         "tool_choice": _FLAT_CHOICE,
+        "metadata": METADATA,
         **MEANINGLESS,
         **harmless({**NOT_DONE, **NOT_IN_RESPONSES}),
     },

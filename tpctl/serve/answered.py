@@ -42,10 +42,17 @@ class Writer(Protocol):
 
 
 class Answered:
-    """A response that is one generation's. Whoever hangs up ends that at once."""
+    """A response that is one generation's. Whoever hangs up ends that at once.
 
-    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]]) -> None:
+    Attributes:
+        kept: bytes of the request's body that it needs until its end, beside the prompt.
+    """
+
+    def __init__(
+        self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]], kept: int = 0
+    ) -> None:
         """``run``: has a thread do something."""
+        self.kept = kept
         self._generation = generation
         self._writer = writer
         self._run = run

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
-from tpctl.serve.answered import Said, refused, say
+from tpctl.serve.answered import Answered, Said, refused, say
 from tpctl.serve.bodies import BODY_SECONDS, Heard, Room, Share, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
@@ -195,7 +195,8 @@ class _Post:
             body = await self._app.read(scope, receive, share)
             with self._app.at_work():
                 answer = await self._endpoint(body, since)
-                share.give_back()
+                del body
+                share.keep(answer.kept if isinstance(answer, Answered) else 0)
                 await answer(scope, receive, send)
 
 

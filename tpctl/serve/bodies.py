@@ -31,7 +31,8 @@ _UNWANTED, _UNWANTED_SECONDS = 16 << 20, 5.0
 
 
 class Room:
-    """Bytes that the bodies of all requests may have together in memory, until they have become prompts."""
+    """Bytes that the bodies of all requests may have together in memory, until they have become prompts, with what
+    answers keep of them."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -74,10 +75,15 @@ class Share:
         take more than their JSON finds its place beside others. Raises ``ApiError``."""
         self.grow(min(size, self._room.most // 2))
 
+    def keep(self, size: int) -> None:
+        """Of the body no more than ``size`` bytes are left. May be called again."""
+        more = min(max(size - _SMALL, 0), self._held) - self._held
+        self._room.take(more)
+        self._held += more
+
     def give_back(self) -> None:
         """May be called again."""
-        self._room.take(-self._held)
-        self._held = 0
+        self.keep(0)
 
 
 async def read_object(

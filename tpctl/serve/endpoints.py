@@ -36,12 +36,14 @@ class Endpoints:
         self._interval = interval
         self._created = int(time.time())
 
-    def _begun(self, jobs: Sequence[Job], stream: bool, since: float, make: Callable[[Generation], Writer]) -> ASGIApp:
+    def _begun(
+        self, jobs: Sequence[Job], stream: bool, since: float, make: Callable[[Generation], Writer], kept: int = 0
+    ) -> ASGIApp:
         """Hand prompts in; their answer. Where that fails nothing of them stays under way, which nobody would end."""
         generation = self.pool.begin(jobs, self._interval if stream else 0)
         try:
             self.pool.metrics.begun(generation, since)
-            return Answered(generation, make(generation), self.reader.threads.answer)
+            return Answered(generation, make(generation), self.reader.threads.answer, kept)
         except BaseException:
             generation.close()
             raise
@@ -96,6 +98,7 @@ class Endpoints:
                 stream,
                 since,
                 lambda generation: ResponseWriter(model, asked, job, generation, self.reader.tokenizer),
+                asked.size,
             )
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:

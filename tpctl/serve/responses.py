@@ -24,6 +24,7 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
+from tpctl.serve.weight import Weight
 from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.ranges import MAX_LOGPROBS
 
@@ -48,6 +49,11 @@ class ResponseAsked:
     messages: list[dict[str, Any]]
     wanted: Wanted
     said: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes that ``said`` takes."""
+        return Weight.of(encode(self.said)).size
 
 
 def read_response(body: dict[str, Any]) -> ResponseAsked:
@@ -148,7 +154,7 @@ class ResponseWriter:
         self._id = secrets.token_hex(24)
         self._created = int(time.time())
         self._model = model
-        self._asked = asked
+        self._repeated = asked.said
         self._job = job
         self._generation = generation
         self._stream = generation.streams[0]
@@ -230,7 +236,7 @@ class ResponseWriter:
         return found
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
-        said, sampling = self._asked.said, self._job.sampling[0]
+        said, sampling = self._repeated, self._job.sampling[0]
         return {
             "id": f"resp_{self._id}",
             "object": "response",
