@@ -3,10 +3,11 @@
     python -m tests.distributed.serve_soak [--layers 2] [--count N] [streams | aborts | garbage | start]...
 
 ``streams``: 500 at once, none lost, in rounds, and what memory every process holds after each. ``aborts``: 10,000
-requests whose clients hang up at any point. ``garbage``: long bodies, broken ones, half-open connections; each has its
-status. ``start``: seconds from the command to the first streamed token, in turns with ``chat``'s. After each the
-engine's books are checked. It ends with an exit code other than 0 where a stream is lost, a status is another one,
-memory grows, somebody complains or a process is left.
+requests, or more, whose clients hang up at any point, in rounds as well. ``garbage``: long bodies, broken ones,
+half-open connections; each has its status. ``start``: seconds from the command to the first streamed token, in turns
+with ``chat``'s. After each the engine's books are checked. It ends with an exit code other than 0 where a stream is
+lost, a status is another one, memory goes on growing, the first token comes later than ``chat``'s, somebody complains
+or a process is left.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 from tests.distributed.real_forms import shallow
 from tests.distributed.server_process import PATIENCE, ServerProcess
+from tests.distributed.soak_checks import MOST_ROUNDS, Memory, check, check_start, children
 from tpctl.checkpoint.sources import resolve
 
 SETTINGS = ("--device", "cpu", "--max-model-len", "2048")
@@ -64,52 +66,9 @@ def free(server: ServerProcess) -> None:
     raise SystemExit(f"blocks are held: {found}")
 
 
-def check(right: bool, said: str) -> None:
-    """End with what is wrong, if it is."""
-    if not right:
-        raise SystemExit(f"WRONG: {said}")
-
-
-class Memory:
-    """What each process of a server holds, round by round."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        self._server = server
-        self._rounds: list[dict[int, int]] = []
-
-    def look(self) -> str:
-        """Now, as megabytes: the server's, and those of its children, the largest first."""
-        server = self._server
-        found = {pid: server.memory(pid) for pid in (server.process.pid, *children(server))}
-        self._rounds.append(found)
-        own, *others = (f"{bytes_ / 1e6:.1f}" for bytes_ in found.values())
-        return f"server {own} MB, others {' '.join(sorted(others, key=float, reverse=True))}"
-
-    def check(self) -> None:
-        """From the second round on, when all has been used once, none grows by more than 4% and 8 MB; ranks besides by
-        their KV cache."""
-        _, second, *_, last = self._rounds
-        check(second.keys() == last.keys(), f"processes came or went: {sorted(second)}, {sorted(last)}")
-        for pid, before in second.items():
-            more = (8 << 20) + (CACHE if pid in self._server.workers() else 0)
-            check(last[pid] <= 1.04 * before + more, f"{pid} grew from {before} to {last[pid]} bytes")
-
-
-def children(server: ServerProcess) -> list[int]:
-    """Ids of all processes that the server started, and those of theirs."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [server.process.pid]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return sorted(found[1:])
-
-
 async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> None:
-    memory = Memory(server)
-    for round in range(4):
+    memory = Memory(server, CACHE)
+    for round in range(MOST_ROUNDS):
         started = time.monotonic()
         raw = [
             request({"prompt": f"Story {n}:", "max_tokens": tokens, "ignore_eos": True, "stream": True})
@@ -129,6 +88,8 @@ async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> 
         check(
             whole == count, f"{count - whole} streams were lost: {[one[:300] for one in found if b'DONE' not in one]}"
         )
+        if memory.steady():
+            break
     memory.check()
 
 
@@ -156,13 +117,15 @@ async def aborts(server: ServerProcess, count: int = 10_000, at_once: int = 200)
                     await asyncio.wait_for(reader.read(100), draw.choice([0.001, 0.02, 0.2]))
                 writer.transport.abort()
 
-    memory = Memory(server)
-    for part in range(4):
+    memory = Memory(server, CACHE)
+    for round in range(MOST_ROUNDS):
         started = time.monotonic()
-        await asyncio.gather(*(one(part * count // 4 + n) for n in range(count // 4)))
+        await asyncio.gather(*(one(round * count // 8 + n) for n in range(count // 8)))
         free(server)
         seconds = time.monotonic() - started
-        print(f"{count // 4} aborted in {seconds:.1f} s, {memory.look()}", flush=True)
+        print(f"{count // 8} aborted in {seconds:.1f} s, {memory.look()}", flush=True)
+        if round >= 7 and memory.steady():
+            break
     memory.check()
 
 
@@ -289,8 +252,7 @@ def start(model: str, times: int = 3) -> None:
     pairs = [(asyncio.run(first_token_of_serve(model)), first_token_of_chat(model)) for _ in range(times)]
     for served, chatted in pairs:
         print(f"first token: serve {served:.2f} s, chat {chatted:.2f} s", flush=True)
-    medians = [sorted(side)[times // 2] for side in zip(*pairs, strict=True)]
-    print(f"medians: serve {medians[0]:.2f} s, chat {medians[1]:.2f} s")
+    print(check_start(pairs))
 
 
 def with_layers(count: int, folder: Path) -> str:

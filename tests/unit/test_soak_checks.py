@@ -1,0 +1,56 @@
+"""What soak tests of a server end on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth
+
+LEAST = 1 + 2 * LOOKS
+LEAK = (0.02 * 150e6 + (4 << 20)) / LOOKS * 1.1
+"""Bytes a round of a process of 150 MB, a tenth more than is let pass."""
+
+
+def told(sizes: list[float], more: int = 0) -> str:
+    return growth([{7: 100_000_000, 9: int(size)} for size in sizes], {9: more})
+
+
+def steady(sizes: list[float]) -> bool:
+    """Whether a run would end well, which looks after each round from the least on."""
+    return any(not told(sizes[:count]) for count in range(LEAST, len(sizes) + 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_leak_is_told_from_bursts(seed: int) -> None:
+    draw = random.Random(seed)
+    bursts = [draw.choice([0, 0, 5e6, 40e6]) for _ in range(MOST_ROUNDS)]
+    kept = [sum(bursts[: at + 1]) if at < 4 else sum(bursts[:4]) for at in range(MOST_ROUNDS)]
+    assert steady([150e6 + burst for burst in bursts] + [150e6] * LOOKS)  # what comes and goes
+    assert steady([150e6 + more for more in kept])  # and what stays, until it is as much as is ever needed
+    small = [draw.uniform(0, LEAK / 20) for _ in range(MOST_ROUNDS)]
+    assert not steady([100e6 + LEAK * at + more for at, more in enumerate(small)])
+    burst = draw.randrange(MOST_ROUNDS)  # which hides a round's growth of three
+    assert not steady([100e6 + 1.5 * LEAK * at + (40e6 if at == burst else 0) for at in range(MOST_ROUNDS)])
+
+
+def test_a_step_at_the_end_is_no_leak_and_two_ends_are_compared_by_their_least() -> None:
+    flat, step = [150e6] * LEAST, [150e6] * (LEAST - 1) + [190e6]
+    assert not told(flat) and not told(step)
+    assert told([*step, 190e6, 190e6]) == f"9 grew from 150000000 to 190000000 bytes within {LOOKS} rounds"
+    assert not told([*step, 190e6, 190e6], 40 << 20)  # a KV cache's
+    assert not told([*step, *[190e6] * (2 * LOOKS - 1)])
+    assert not told([10e6, *flat]) and told(flat[1:]) == f"{LEAST - 1} rounds are too few to tell"
+
+
+def test_processes_that_come_or_go() -> None:
+    both = {7: 1, 9: 1}
+    assert growth([both, both, {7: 1}, *[both] * LEAST], {}) == "processes came or went: [7, 9], [7]"
+    assert not growth([{7: 1}, *[both] * LEAST], {})
+
+
+def test_a_start_that_is_later_than_that_of_chat_is_told() -> None:
+    assert check_start([(5.0, 5.1), (9.0, 5.2), (5.6, 5.3)]) == "medians: serve 5.60 s, chat 5.20 s"
+    with pytest.raises(SystemExit, match=r"WRONG: medians: serve 5\.80 s, chat 5\.20 s; serve may take 0\.5 s more"):
+        check_start([(5.0, 5.1), (9.0, 5.2), (5.8, 5.3)])
