@@ -62,7 +62,6 @@ def family(name: str) -> str:
     return (FAMILIES.get(name) or SEEING[name])[0]
 
 
-@pytest.mark.daily(2)
 @pytest.mark.grid(1, daily=True, alike={"name": family})
 @pytest.mark.parametrize("way", ["whole", "tight"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
