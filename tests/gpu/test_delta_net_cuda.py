@@ -205,7 +205,8 @@ def a_step(sizes: NetSizes) -> tuple[ForwardBatch, LayerState, LayerState]:
             rows = [(end - count - before + at) % sizes.taps for at in range(before)]
             fused.inputs[state.source, rows] = plain.inputs[state.source, :before]
     items: list[Any] = [
-        SimpleNamespace(state=StateUse(*state), num_new_tokens=count, start=end - count, drafts=()) for count, end, state in STATES
+        SimpleNamespace(state=StateUse(*state), num_new_tokens=count, start=end - count, drafts=())
+        for count, end, state in STATES
     ]
     made = prompt_chunks(items[decodes:], decodes)
 
