@@ -334,3 +334,20 @@ def test_counters_are_told(tokenizer: Tokenizer) -> None:
         assert f"tpctl_inter_token_seconds_count {len(ANSWER)}.0" in lines
         assert 'tpctl_kv_cache_usage_ratio{engine="0"} 0.6' in lines
         assert 'tpctl_preemptions_total{engine="0"} 3.0' in lines
+
+
+def test_answers_are_timed_by_path(tokenizer: Tokenizer) -> None:
+    """A look at /health every second is no answer of a model's, nor is a refusal, nor a path that somebody tries."""
+    with served(tokenizer) as (client, _):
+        for _ in range(3):
+            assert client.post(CHAT, json=chat()).status_code == 200
+            assert client.post(TEXT, json={"prompt": 5}).status_code == 400
+            client.get("/nowhere")
+        client.get("/health")  # and the fixture's
+        lines = client.get("/metrics").text.splitlines()
+        name = "tpctl_http_request_seconds"
+        assert [line for line in lines if line.startswith(f"{name}_count")] == [
+            f'{name}_count{{path="/health"}} 2.0',
+            f'{name}_count{{path="{CHAT}"}} 3.0',
+        ]
+        assert f'{name}_bucket{{le="+Inf",path="{CHAT}"}} 3.0' in lines

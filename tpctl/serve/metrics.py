@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,11 +38,17 @@ class Histogram:
         self._sum += value * times
 
     def metric(self, name: str, what: str) -> Metric:
+        found = HistogramMetricFamily(name, what)
+        self.add_to(found)
+        return found
+
+    def add_to(self, family: HistogramMetricFamily, *labels: str) -> None:
+        """``labels``: the values of the family's."""
         total, buckets = 0, []
         for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
             total += count
             buckets.append((bound, total))
-        return HistogramMetricFamily(name, what, buckets=buckets, sum_value=self._sum)
+        family.add_metric(labels, buckets, self._sum)
 
 
 class Metrics:
@@ -54,7 +60,7 @@ class Metrics:
         self._answers: Counter[tuple[str, int]] = Counter()
         self._first = Histogram(_TTFT)
         self._between = Histogram(_ITL)
-        self._whole = Histogram(_WHOLE)
+        self._whole: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(_WHOLE))
 
     def begun(self, generation: Generation, since: float) -> None:
         """A request has come; ``since`` as of ``time.monotonic``."""
@@ -71,9 +77,10 @@ class Metrics:
             self._first.observe(now + before)
 
     def answered(self, path: str, status: int, since: float) -> None:
-        """A request has been answered whole."""
+        """A request has been answered whole. How long refusals take says nothing of answers."""
         self._answers[path, status] += 1
-        self._whole.observe(time.monotonic() - since)
+        if status == 200:
+            self._whole[path].observe(time.monotonic() - since)
 
     def exposition(self, stats: Mapping[int, EngineStats], held: int) -> bytes:
         """All of it as text.
@@ -90,6 +97,10 @@ class Metrics:
         answers = CounterMetricFamily("tpctl_http_requests", "Requests answered.", labels=("path", "status"))
         for (path, status), count in sorted(self._answers.items()):
             answers.add_metric((path, str(status)), count)
+        said = "From a request to the end of its answer, of status 200."
+        whole = HistogramMetricFamily("tpctl_http_request_seconds", said, labels=("path",))
+        for path, histogram in sorted(self._whole.items()):
+            histogram.add_to(whole, path)
         return [
             answers,
             GaugeMetricFamily("tpctl_requests_open", "Requests that engines have, waiting ones included.", value=held),
@@ -97,7 +108,7 @@ class Metrics:
             CounterMetricFamily("tpctl_generated_tokens", "Tokens of answers.", value=self.generated_tokens),
             self._first.metric("tpctl_time_to_first_token_seconds", "From a request to its first token."),
             self._between.metric("tpctl_inter_token_seconds", "Between two tokens of an answer."),
-            self._whole.metric("tpctl_http_request_seconds", "From a request to the end of its answer."),
+            whole,
         ]
 
 
