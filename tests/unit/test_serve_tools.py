@@ -265,3 +265,36 @@ def test_calls_of_a_response_stream(tokenizer: Tokenizer) -> None:
             "message",
         ]
         assert len({item.id for item in last.output}) == 3 and last.output_text == "Well.Done."
+
+
+@pytest.mark.parametrize("before", ["", "Well.\n", f"{CALL}\n"], ids=["alone", "behind a text", "behind a call"])
+def test_a_call_that_is_cut_off_is_told_the_same_whole_and_as_it_grows(tokenizer: Tokenizer, before: str) -> None:
+    """As OpenAI tells it: with the beginning of its arguments, and not as text."""
+
+    def items(response: Response) -> list[Any]:
+        told = response.model_dump()["output"]  # whole, the text stands before the calls
+        texts = [item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"] for item in told]
+        return sorted((item["type"], item["status"], text.strip()) for item, text in zip(told, texts, strict=True))
+
+    with served(tokenizer, saying(tokenizer, before + CALL)) as (client, _):
+        for cut in ('{"name": "get_wea', '{"name": "get_weather"', '"arguments": {"ci'):
+            answer = before + CALL.partition(cut)[0] + cut
+            most = {"max_tokens": len(tokenizer.encode_rendered(answer))}
+            whole = client.post(CHAT, json=chat(tools=TOOLS, **most)).json()["choices"][0]
+            message, calls = whole["message"], before.count("<tool_call>") + ("weather" in cut or "arguments" in cut)
+            deltas = [chunk["choices"][0]["delta"] for chunk in events(client, CHAT, chat(tools=TOOLS, **most))]
+            assert "".join(delta.get("content") or "" for delta in deltas) == (message["content"] or "")
+            pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
+            told = [call["function"] for call in message.get("tool_calls", ())]
+            assert len(told) == calls and whole["finish_reason"] == "length"
+            for at, function in enumerate(told):
+                mine = [piece["function"] for piece in pieces if piece["index"] == at]
+                assert mine[0]["name"] == function["name"] == "get_weather"
+                assert "".join(piece["arguments"] for piece in mine) == function["arguments"]
+            if cut == '"arguments": {"ci':
+                assert told[-1]["arguments"] == '{"ci'
+            body = {"input": "Hi", "tools": FLAT, "max_output_tokens": most["max_tokens"]}
+            response = Response.model_validate(client.post(PATH, json=body).json())
+            last = response_events(client, body)[-1].response
+            assert items(response) == items(last) and response.status == last.status == "incomplete"
+            assert sum(item.status == "incomplete" for item in response.output) == 1

@@ -53,19 +53,29 @@ def read(tokenizer: Tokenizer, answer: str, asked: Tools, *, size: int = 1, reas
     return stream
 
 
+def form_of(name: str) -> str:
+    return name.split(",")[0].split(" ")[0]
+
+
+def written(name: str, count: int) -> str:
+    """An answer of so many calls, as the model's template writes it."""
+    variables = with_tools({}, tools())
+    turn = {"role": "assistant", "content": None, "tool_calls": calls(form_of(name), count)}
+    prompt = model(name).template.render([USER], variables=variables)
+    whole = model(name).template.render([USER, turn], variables=variables, add_generation_prompt=False)
+    assert whole.startswith(prompt) and "get_weather" in prompt
+    return whole[len(prompt) :].removesuffix("\n").removesuffix("<|im_end|>").removesuffix("<|call|>")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [1, 1000])
 def test_what_a_template_writes_is_read_back(name: str, size: int) -> None:
     tokenizer = model(name)
-    form = name.split(",")[0].split(" ")[0]
+    form = form_of(name)
     assert tokenizer.tool_form is not None and tokenizer.tool_form.name == {"gpt-oss": "harmony"}.get(form, form)
     count = 1 if form in ("llama", "gpt-oss") else 2
     variables = with_tools({}, tools())
-    turn = {"role": "assistant", "content": None, "tool_calls": calls(form, count)}
-    prompt = tokenizer.template.render([USER], variables=variables)
-    whole = tokenizer.template.render([USER, turn], variables=variables, add_generation_prompt=False)
-    assert whole.startswith(prompt) and "get_weather" in prompt
-    answer = whole[len(prompt) :].removesuffix("\n").removesuffix("<|im_end|>").removesuffix("<|call|>")
+    answer = written(name, count)
     stream = read(tokenizer, answer, tools(), size=size)
     assert [(call.name, json.loads(call.arguments)) for call in stream.calls] == [
         ("get_weather", ARGUMENTS),
@@ -126,10 +136,33 @@ def test_messages_of_gpt_oss() -> None:
     assert (broken.text, broken.calls) == ("commentary to=functions.now json\n{oops}", [])
 
 
-def test_a_call_that_is_cut_off_is_text() -> None:
-    stream = read(model("hermes"), '<tool_call>\n{"name": "now", "arguments": {"a"', tools(), reason="length")
-    assert stream.calls == [] and stream.finish_reason == "length"
-    assert stream.text == '<tool_call>\n{"name": "now", "arguments": {"a"'
+@pytest.mark.parametrize("name", MODELS)
+def test_a_call_that_is_cut_off_stays_as_far_as_it_was_told(name: str) -> None:
+    """Wherever that is; before its name is whole it is text. What was told as it grew is what there is in the end."""
+    tokenizer = model(name)
+    prompt = tokenizer.encode_chat([USER], with_tools({}, tools()))
+    ids = tokenizer.encode_rendered(written(name, 1))
+    cut = 0
+    for most in range(1, len(ids), 5):
+        stream = TextStream(tokenizer, (), prompt, form=tokenizer.reasoning, tools=tools())
+        told = [segment for id in ids[: most - 1] for segment in stream.push(Output("a", [id]))]
+        told += stream.push(Output("a", [ids[most - 1]], "length"))
+        assert stream.finish_reason == "length"
+        pieces = [segment.call for segment in told if segment.call is not None]
+        assert not any(piece.taken_back for piece in pieces)
+        assert stream.text == "".join(segment.text for segment in told if not segment.reasoning)
+        assert [call.name for call in stream.calls] == [piece.name for piece in pieces if piece.id is not None]
+        for call in stream.calls:
+            assert call.arguments == "".join(piece.arguments for piece in pieces) and stream.text.strip() == ""
+            assert call.whole is (not pieces[-1].cut)
+            cut += not call.whole
+    assert cut
+
+
+def test_a_call_that_the_model_leaves_unfinished_is_text() -> None:
+    answer = '<tool_call>\n{"name": "now", "arguments": {"a"'
+    stream = read(model("hermes"), answer, tools())
+    assert (stream.calls, stream.text, stream.finish_reason) == ([], answer, "stop")
 
 
 def test_an_answer_ends_with_the_only_call() -> None:

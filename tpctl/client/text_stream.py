@@ -115,6 +115,7 @@ class TextStream:
         num_cached_tokens: prompt tokens that the prefix cache spared.
         num_thought: of ``token_ids``, those of thoughts, their marks not.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
+        in_call: whether the last that was told is of a call.
         said: where there are any, places in ``token_ids`` of what the text is made of, thoughts, calls and marks not.
         prompt_logprobs: one for each token of the prompt but the first, if asked for.
     """
@@ -150,6 +151,7 @@ class TextStream:
         self.num_cached_tokens = 0
         self.num_thought = 0
         self.logprobs: list[TokenLogprob] = []
+        self.in_call = False
         self.said: list[int] = []
         self._unsaid: list[int] = []  # places of tokens whose text is held back
         self._tokenizer = tokenizer
@@ -170,7 +172,7 @@ class TextStream:
 
     @property
     def calls(self) -> list[ToolCall]:
-        """Calls of tools, whole ones once it has ended."""
+        """Calls of tools; once it has ended whole ones, but for one that its limit of tokens cut off."""
         return self._calls.all()
 
     @property
@@ -208,6 +210,8 @@ class TextStream:
         if self._stop.found or self._called_enough:
             self.finish_reason = "stop"
         elif output.finish_reason is not None:
+            if self._called is not None and output.finish_reason == "length":
+                self._called.cut()
             left = self._splitter.finish()
             self._say(left)
             shown += self._safe(left)
@@ -252,7 +256,9 @@ class TextStream:
         for text, reasoning, call in shown:
             if call is not None:
                 self._calls.push(call)
+                self.in_call = True
                 continue
+            self.in_call = False
             into = self._thoughts if reasoning and self._thoughts is not None else self._pieces
             into.append(text)
 

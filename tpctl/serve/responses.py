@@ -200,7 +200,7 @@ class ResponseWriter:
                 found += self._begin(self._new("message"))
         else:
             found = b""
-        found += self._close("incomplete" if cut else "completed")
+        found += self._close("incomplete" if cut and self._open and self._open.kind == "message" else "completed")
         response = self.whole()
         return found + self._event(f"response.{response['status']}", response=response)
 
@@ -230,9 +230,10 @@ class ResponseWriter:
         if stream.text or not stream.calls:
             message = self._new("message", stream.text)
             message.logprobs = self._logprobs()
-            found.append(message.item("incomplete" if cut else "completed"))
+            found.append(message.item("incomplete" if cut and not stream.in_call else "completed"))
         for at, call in enumerate(stream.calls):
-            found.append(_Open("function_call", f"fc_{self._id}{at}", call.arguments, call.id, call.name).item())
+            item = _Open("function_call", f"fc_{self._id}{at}", call.arguments, call.id, call.name)
+            found.append(item.item("completed" if call.whole else "incomplete"))
         return found
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -290,7 +291,7 @@ class ResponseWriter:
         return response_logprobs([rows[place - first] for place in places])
 
     def _call(self, piece: CallPiece) -> bytes:
-        if piece.taken_back:
+        if piece.taken_back or piece.cut:
             return self._close("incomplete")
         found = b""
         if piece.id is not None:

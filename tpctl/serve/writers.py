@@ -163,7 +163,7 @@ class ChatWriter(ChunkWriter):
             if call is None
             else b'"delta":{"tool_calls":[' + encode(_call(call)) + b"]}"
             for text, reasoning, call in piece.segments
-            if call is None or not call.taken_back
+            if call is None or not (call.taken_back or call.cut)
         ]
 
     def _last(self) -> bytes:

@@ -18,6 +18,7 @@ class CallPiece(NamedTuple):
         id, name: with the first piece; later ``None``.
         arguments: the next characters of the JSON object that the arguments are.
         taken_back: it turned out to be none; its text follows as text.
+        cut: the answer ended in the midst of it, for it may have no more tokens; it stays as far as it was told.
     """
 
     at: int
@@ -25,15 +26,17 @@ class CallPiece(NamedTuple):
     name: str | None = None
     arguments: str = ""
     taken_back: bool = False
+    cut: bool = False
 
 
 @dataclass
 class ToolCall:
-    """A whole call; ``arguments`` is the text of a JSON object."""
+    """A call; ``arguments`` is the text of a JSON object, or, of a call that is not ``whole``, its beginning."""
 
     id: str
     name: str
     arguments: str
+    whole: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """As OpenAI's interface has it."""
@@ -57,6 +60,8 @@ class Calls:
     def push(self, piece: CallPiece) -> None:
         if piece.taken_back:
             del self._found[piece.at]
+        elif piece.cut:
+            self._found[piece.at].whole = False
         elif piece.id is not None and piece.name is not None:
             self._found[piece.at] = ToolCall(piece.id, piece.name, piece.arguments)
         else:

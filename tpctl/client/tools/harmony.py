@@ -74,6 +74,10 @@ class CallMessages:
     def push(self, text: str) -> list[str | CallPiece]:
         return self._advance(text)
 
+    def cut(self) -> None:
+        """The message ends here for the answer may have no more tokens; ``end`` is next."""
+        self._reader.cut = True
+
     def end(self) -> list[str | CallPiece]:
         """The message has ended."""
         self._reader.ended = True

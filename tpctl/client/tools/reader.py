@@ -55,7 +55,7 @@ class Reader:
     """Text as it comes, and what parsers make of it.
 
     Attributes:
-        ended: no more text will come.
+        ended: no more text will come; ``cut``: for the answer may have no more tokens.
         single: the first whole call ends all reading.
         count: calls that are whole.
         pieces: what is to be told, taken out by whoever reads.
@@ -72,7 +72,7 @@ class Reader:
         self.text = ""  # that is not read yet
         self._taken: list[str] = []  # since the last whole call, or the mark that opened one
         self._begun = False
-        self.ended = False
+        self.ended = self.cut = False
         self.count = 0
         self._at = 0  # a call's place; one that was told and taken back keeps its own
         self.pieces: list[str | CallPiece] = []
@@ -123,6 +123,8 @@ class Reader:
         found = yield from self.at(*marks)
         if found is not None:
             self.drop(len(self._symbols.of.get(found, found)))
+        elif self.cut and any(self._symbols.of.get(mark, mark).startswith(self.text) for mark in marks):
+            self.drop(len(self.text))  # one of them, but for its end
         return found
 
     def take(self, *marks: str) -> Reading[str]:
@@ -221,7 +223,12 @@ class Reader:
         self._taken[:] = [text]
 
     def give_up(self) -> None:
-        """What was taken since the last whole call is text."""
+        """What was taken since the last whole call is text; but not of one that was told and is cut off."""
+        if self._begun and self.ended and self.cut:
+            self.pieces.append(CallPiece(self._at, cut=True))
+            self._begun, self.text = False, ""
+            self._taken.clear()
+            return
         text = self._symbols.plain("".join(self._taken))
         if self._begun:
             self.pieces.append(CallPiece(self._at, taken_back=True))

@@ -37,6 +37,10 @@ class CallParser:
         next(self._run, None)
         return self._taken()
 
+    def cut(self) -> None:
+        """The answer ends here for it may have no more tokens; ``finish`` is next."""
+        self._reader.cut = True
+
     def finish(self) -> Told:
         """What was held back."""
         self._reader.ended = True

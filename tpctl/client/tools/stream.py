@@ -58,6 +58,10 @@ class CallSplitter:
             return self._read(self._inner.push(id))
         return self._read(self._inner.cut()) + segments(self._parser.push(symbol))
 
+    def cut(self) -> None:
+        """The answer ends here for it may have no more tokens; ``finish`` is next."""
+        self._parser.cut()
+
     def finish(self) -> list[Segment]:
         return self._read(self._inner.finish()) + segments(self._parser.finish())
 
@@ -76,7 +80,7 @@ def segments(told: Iterable[str | CallPiece]) -> list[Segment]:
             found.append(Segment(piece))
             continue
         before = found[-1].call if found else None
-        if before is not None and piece.at == before.at and piece.id is None and not piece.taken_back:
+        if before is not None and piece.at == before.at and piece.id is None and not (piece.taken_back or piece.cut):
             found[-1] = Segment("", call=before._replace(arguments=before.arguments + piece.arguments))
         else:
             found.append(Segment("", call=piece))
@@ -89,7 +93,7 @@ class _Messages:
     def __init__(self, inner: TextSplitter, calls: CallMessages) -> None:
         self._calls = calls
         self._inner = inner
-        self.push, self.finish = inner.push, inner.finish
+        self.push, self.finish, self.cut = inner.push, inner.finish, calls.cut
 
     @property
     def thinking(self) -> bool:
