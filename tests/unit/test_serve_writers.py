@@ -19,7 +19,7 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.serving import served
 from tests.unit.test_serve_pool import job, until
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.serve import responses
+from tpctl.serve import responses, writers
 from tpctl.serve.answered import Answered
 from tpctl.serve.asked import Streaming
 from tpctl.serve.generation import Generation
@@ -156,6 +156,28 @@ def test_a_prompt_s_log_probabilities_are_made_by_a_thread(
         tokens = [token for choice in mine for token in (choice["logprobs"] or {"tokens": []})["tokens"]]
         assert "".join(tokens) == text + "x" * (3 - at)
     assert made == [True, True]
+
+
+@pytest.mark.parametrize("most", [0, 1 << 20])
+@pytest.mark.parametrize("response", [False, True])
+def test_many_log_probabilities_are_made_by_a_thread(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, response: bool, most: int
+) -> None:
+    """Of tokens that are told together."""
+    monkeypatch.setattr(writers, "MANY", most)
+    made = noted(monkeypatch, ResponseWriter if response else ChunkWriter, "pieces")
+    path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
+    if response:
+        path, body = "/v1/responses", {"input": "Hi", "include": ["message.output_text.logprobs"]}
+    with served(tokenizer, interval=4) as (client, _):
+        text = client.post(path, json={**body, "top_logprobs": 2, "stream": True}).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    told = [event.get("logprobs") or () for event in events if event.get("type") == "response.output_text.delta"]
+    if not response:
+        each = [choice["logprobs"] for event in events for choice in event["choices"]]
+        told = [one["content"] for one in each if one is not None]
+    assert "".join(token["token"] for one in told for token in one).removesuffix("</s>") == "<[u]Hi[a]>"
+    assert made == [most == 0] * len(made) != []
 
 
 @pytest.mark.parametrize("most", [0, 1 << 20])

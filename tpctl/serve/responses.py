@@ -25,6 +25,7 @@ from tpctl.serve.generation import Generation, Piece
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
 from tpctl.serve.weight import Weight
+from tpctl.serve.writers import many_logprobs
 from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.ranges import MAX_LOGPROBS
 
@@ -161,6 +162,7 @@ class ResponseWriter:
         self._tokenizer = tokenizer
         self._texts: TokenTexts | None = None  # made for the first log-probability that is told
         self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
+        self._until: int | None = None  # tokens that are being told; others may have come meanwhile
         self._length = 0  # bytes, about, of the items so far
         self._number = 0
         self._open: _Open | None = None
@@ -174,6 +176,8 @@ class ResponseWriter:
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
         """What closes an item tells all of it again, several times; so does the end, of all items."""
+        if many_logprobs(self._job, pieces):
+            return True
         if self._length < SLOW:
             return False
         return not pieces or any(self._closes(segment) for piece in pieces for segment in piece.segments)
@@ -186,6 +190,7 @@ class ResponseWriter:
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         found = []
         for piece in pieces:
+            self._until = piece.first + piece.tokens
             for text, reasoning, call in piece.segments:
                 found.append(
                     self._say("reasoning" if reasoning else "message", text) if call is None else self._call(call)
@@ -280,9 +285,10 @@ class ResponseWriter:
     def _logprobs(self) -> list[dict[str, Any]]:
         """Of the text's tokens that have come since they were last asked for."""
         stream, first = self._stream, self._described
-        if not (places := stream.said[self._said :]):
+        until = len(stream.token_ids) if self._until is None else self._until
+        if not (places := [place for place in stream.said[self._said :] if place < until]):
             return []
-        self._said += len(places)  # to which others may come meanwhile
+        self._said += len(places)
         self._described = places[-1] + 1
         new = slice(first, self._described)
         if self._texts is None:

@@ -50,7 +50,9 @@ class TextWriter(ChunkWriter):
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
         """A prompt's log-probabilities are as many as its tokens, whatever is new of its answer."""
-        return self._echoed is not None and any(piece.at not in self._begun for piece in pieces)
+        if self._echoed is not None and any(piece.at not in self._begun for piece in pieces):
+            return True
+        return super().slow(pieces)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         if self._scored:

@@ -22,6 +22,9 @@ from tpctl.serve.pool import Job
 
 DONE = b"data: [DONE]\n\n"
 
+MANY = 2048
+"""Log-probabilities, of tokens and the likeliest beside them, which a thread tells if more come together: 3 us each."""
+
 
 class ChunkWriter(ABC):
     """What both endpoints have in common.
@@ -57,7 +60,7 @@ class ChunkWriter(ABC):
         return b""
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
-        return False
+        return many_logprobs(self._jobs[0], pieces)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         plain = not (self._wants_logprobs or self._streaming.continuous_usage)
@@ -171,6 +174,12 @@ class ChatWriter(ChunkWriter):
 
     def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
         return chat_logprobs(tokens)
+
+
+def many_logprobs(job: Job, pieces: Sequence[Piece]) -> bool:
+    """Whether to tell the log-probabilities of an answer's pieces, if they are wanted, takes milliseconds."""
+    likeliest = job.sampling[0].logprobs
+    return likeliest is not None and (1 + likeliest) * sum(piece.tokens for piece in pieces) > MANY
 
 
 def _call(piece: CallPiece) -> dict[str, Any]:
