@@ -185,8 +185,8 @@ def test_a_long_response_is_told_whole_by_a_thread(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     monkeypatch.setattr(responses, "SLOW", most)
-    made = noted(monkeypatch, ResponseWriter, "end")
+    made = [noted(monkeypatch, ResponseWriter, name) for name in ("begin", "end")]
     with served(tokenizer) as (client, _):
         answer = client.post("/v1/responses", json={"input": "Hi", "stream": True})
         assert answer.text.count("response.completed") == 2  # its name, and in its data
-    assert made == [most == 0]
+    assert made == [[most == 0]] * 2

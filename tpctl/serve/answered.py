@@ -26,7 +26,7 @@ class Writer(Protocol):
         """What comes before all else."""
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
-        """Whether to make what is said of new text, or of none the end, would hold up the event loop."""
+        """Whether to make what is said of new text, or of none the beginning or end, would hold up the event loop."""
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         """What is said of new text."""
@@ -89,7 +89,7 @@ class Answered:
             return await refused(error, send)
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         writer = self._writer
-        said = writer.begin()
+        said = b""
 
         def at_once(pieces: list[Piece]) -> bool:
             if to is None or not to.open or writer.slow(pieces):
@@ -98,6 +98,7 @@ class Answered:
             return True
 
         try:
+            said = await self._made(writer.begin)
             while pieces:
                 if said := said + await self._made(writer.pieces, pieces):
                     await send({"type": "http.response.body", "body": said, "more_body": True})

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tpctl.client.fields import FieldError, given, refuse, whole
@@ -38,7 +39,7 @@ _NAMES = {
 """What a body says for tpctl's own fields."""
 
 SLOW = 1 << 18
-"""Bytes of items, about, which a thread tells whole, since that takes milliseconds."""
+"""Bytes, about, of what a thread tells whole, since that takes milliseconds."""
 
 _TOKEN = 1 << 10  # bytes, about, of a token's log-probabilities
 
@@ -51,7 +52,7 @@ class ResponseAsked:
     wanted: Wanted
     said: Mapping[str, Any]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes that ``said`` takes."""
         return Weight.of(encode(self.said)).size
@@ -163,7 +164,7 @@ class ResponseWriter:
         self._texts: TokenTexts | None = None  # made for the first log-probability that is told
         self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
         self._until: int | None = None  # tokens that are being told; others may have come meanwhile
-        self._length = 0  # bytes, about, of the items so far
+        self._length = asked.size  # bytes, about, of what the body said and of the items so far
         self._number = 0
         self._open: _Open | None = None
         self._told: list[dict[str, Any]] = []  # items, as far as they were told
@@ -175,7 +176,8 @@ class ResponseWriter:
         )
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
-        """What closes an item tells all of it again, several times; so does the end, of all items."""
+        """What closes an item tells all of it again, several times; so does the end, of all items, and of what the body
+        said, as the beginning does."""
         if many_logprobs(self._job, pieces):
             return True
         if self._length < SLOW:
