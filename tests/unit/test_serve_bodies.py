@@ -34,7 +34,8 @@ from tpctl.serve.asked import Reader, read_prompts
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
-from tpctl.serve.responses import ResponseWriter, read_response
+from tpctl.serve.response_asked import read_response
+from tpctl.serve.responses import ResponseWriter
 from tpctl.serve.threads import Threads
 from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
 from tpctl.serve.weight import MOST_VALUES, Weight

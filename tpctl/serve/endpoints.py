@@ -19,7 +19,8 @@ from tpctl.serve.asked import Reader, Streaming, read_prompts
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
 from tpctl.serve.pool import Job, Pool
-from tpctl.serve.responses import ResponseWriter, read_response
+from tpctl.serve.response_asked import read_response
+from tpctl.serve.responses import ResponseWriter
 from tpctl.serve.text_writer import PromptLogprobs, TextWriter
 from tpctl.serve.tokens import detokenized, tokenized
 from tpctl.serve.writers import ChatWriter
