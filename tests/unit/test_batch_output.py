@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from tests.unit.batch_runs import rows, run
 from tests.unit.fake_client import write_tokenizer
+from tpctl.batch.formats.parquet_sink import ParquetSink
 from tpctl.cli import places
 from tpctl.cli.app import app
+from tpctl.cli.batch_report import end_if_finished
 from tpctl.cli.console import note
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
-from tpctl.client.results import Results
+from tpctl.client.results import Results, partial_of
 from tpctl.client.resume import check_target, remains
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import OutputError, UsageError
@@ -90,17 +92,75 @@ def test_finished_answers_are_replaced_only_when_told(tmp_path: Path) -> None:
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     out.write_text('{"id": 1, "text": "dear"}\n')
+    with pytest.raises(OutputError, match=r"out\.jsonl exists already; use --force to replace it"):
+        check_target(out, force=False)
     for more in ([], ["--resume"]):
-        with pytest.raises(OutputError, match=r"out\.jsonl exists already; use --force to replace it"):
-            check_target(out, resume=bool(more), force=False)
         result = tpctl("batch", str(prompts), "-o", str(out), *more)
         assert isinstance(result.exception, OutputError)
     assert "dear" in out.read_text()
-    check_target(out, resume=False, force=True)
-    out.with_name("out.jsonl.partial").write_text("rows of a run that was started with --force")
-    check_target(out, resume=True, force=False)
+    check_target(out, force=True)
     out.write_text("")  # as mktemp makes it
-    check_target(out, resume=False, force=False)
+    check_target(out, force=False)
+
+
+def test_a_partial_file_is_gone_on_with_though_there_is_an_output(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("of an earlier run\n")
+    partial_of(out).write_text("rows of a run that was started with --force")
+    end_if_finished(None, out, partial_of(out))
+
+
+ROWS = [
+    {"id": 1, "text": "A", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1},
+    {"id": "b", "text": "B", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1},
+]
+FAILED = {"id": "b", "error": "line 3: the prompt is empty"}
+
+
+@pytest.mark.parametrize("replicas", [[], ["--replicas", "2"]])
+def test_a_batch_that_is_finished_is_so_again(tmp_path: Path, replicas: list[str]) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a"}\n\n{"id": "b", "prompt": "b"}\n')
+
+    def again(*found: object) -> Any:
+        out.write_text("".join(json.dumps(row) + "\n" for row in found))
+        before = out.read_bytes()
+        result = tpctl("batch", str(prompts), "-o", str(out), "--resume", *replicas)
+        assert out.read_bytes() == before and sorted(tmp_path.iterdir()) == [prompts, out]
+        return result
+
+    result = again(*ROWS)
+    assert result.exit_code == 0 and f"{out} is finished: 2 rows, 0 errors; nothing is left to do" in result.stderr
+    result = again(ROWS[0], FAILED)
+    assert result.exit_code == 1 and "2 rows, 1 error; nothing" in result.stderr and result.exception.code == 1
+    for others in (ROWS[:1], [*ROWS, ROWS[1]], ROWS[::-1], [ROWS[0], {"id": "b", "prompt": "b"}], [ROWS[0], 7]):
+        result = again(*others)
+        assert isinstance(result.exception, OutputError)
+        assert f"is no finished output of the lines of {prompts}; name another file" in str(result.exception)
+        assert "--force would delete what is in it" in str(result.exception)
+
+
+def test_a_finished_output_in_openai_s_form(tmp_path: Path) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = {"custom_id": "q", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}
+    prompts.write_text(json.dumps(line) + "\n")
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    row = {"id": "x", "custom_id": "q", "response": {"status_code": 200, "body": {"usage": usage}}, "error": None}
+    out.write_text(json.dumps(row) + "\n")
+    assert tpctl("batch", str(prompts), "-o", str(out), "--resume").exit_code == 0
+    out.write_text(json.dumps({**row, "custom_id": "r"}) + "\n")
+    assert isinstance(tpctl("batch", str(prompts), "-o", str(out), "--resume").exception, OutputError)
+
+
+def test_a_finished_parquet_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    prompts.write_text('{"prompt": "a"}\n{"id": "b", "prompt": "b"}\n')
+    with out.open("wb") as file:
+        ParquetSink(None, "text").encode(file, 0, [json.dumps(row).encode() for row in ROWS])
+    assert tpctl("batch", str(prompts), "-o", str(out), "--resume").exit_code == 0
+    out.write_text("no Parquet")
+    assert isinstance(tpctl("batch", str(prompts), "-o", str(out), "--resume").exception, OutputError)
 
 
 def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from tpctl.cli.batch_formats import FormatOptions, opened_input, refuse_among_input
 from tpctl.cli.batch_job import Job, JobOptions, is_job, run_job
-from tpctl.cli.batch_report import left_behind, progress, summary
+from tpctl.cli.batch_report import end_if_finished, left_behind, progress, summary
 from tpctl.cli.console import note, status
 from tpctl.cli.engine import describe, interrupts, lend_ranks, prepare, say_context, say_nodes, say_policy
 from tpctl.cli.options import (
@@ -73,7 +73,8 @@ def batch(
 
     By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
     --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial; --resume goes on with that, and with
-    --force as well may then replace an OUTPUT. The exit code is 1 if any row is an error, 130 after Ctrl-C.
+    --force as well may then replace an OUTPUT; an OUTPUT that is finished it leaves as it is. The exit code is 1 if any
+    row is an error, 130 after Ctrl-C.
 
     The scheduling policy is auto if prompts and answers are files. Elsewhere somebody may wait for the first
     rows, so it is fcfs.
@@ -90,7 +91,7 @@ def batch(
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.jobs import JobParser
-    from tpctl.client.results import Results
+    from tpctl.client.results import Results, partial_of
     from tpctl.client.resume import check_target, remains
 
     sampling.check(DEFAULTS)
@@ -111,10 +112,12 @@ def batch(
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
     refuse_own_input(prompts, output)
-    if target is not None:
-        check_target(target, resume=resume, force=force)
+    if target is not None and not resume:
+        check_target(target, force=force)
     spec = choose(prompts, output, asked, model)
     refuse_among_input(spec, output)
+    if target is not None and resume and not force:
+        end_if_finished(spec, target, partial_of(target))
     at_hand = TemplateAtHand(template)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
     settings |= {"template": at_hand.settings, "formats": asked.settings}

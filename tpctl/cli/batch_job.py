@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.batch_formats import located, refuse_among_input
-from tpctl.cli.batch_report import job_progress, job_summary
+from tpctl.cli.batch_report import end_if_finished, job_progress, job_summary
 from tpctl.cli.console import note
 from tpctl.cli.engine import engine_args, interrupts, prepare
 from tpctl.cli.options import (
@@ -165,7 +165,7 @@ def run_job(job: Job) -> None:
 
     spec = located(choose(job.prompts, job.output, job.asked, job.model), job.prompts)
     refuse_among_input(spec, job.output)
-    target = None if job.folder else _target(job)
+    target = None if job.folder else _target(job, spec)
     folder = JobFolder(parts_folder(target) if target is not None else Path(job.output))
     if job.options.retry_errors and not job.resume:
         raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
@@ -264,11 +264,12 @@ def _remains(folder: JobFolder, board: Board) -> Iterator[None]:
         raise type(error)(f"{error}; {kept}") from None
 
 
-def _target(job: Job) -> Path:
+def _target(job: Job, spec: FormatSpec) -> Path:
     """The file that the rows are put together in.
 
     Raises:
         OutputError: it may not be written.
+        typer.Exit: it is finished.
     """
     from tpctl.batch.status import parts_folder
     from tpctl.cli.places import refuse_own_input, target_of
@@ -284,6 +285,8 @@ def _target(job: Job) -> Path:
             "--replicas, or delete it"
         )
     if target.exists() and target.stat().st_size and not job.force:
+        if job.resume:
+            end_if_finished(spec, target, parts_folder(target))
         how = "--resume --force" if job.resume else "--force"
         raise OutputError(f"{target} exists already; use {how} to replace it, or name another file with -o")
     if job.force and not job.resume and parts_folder(target).exists():

@@ -6,13 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tpctl.cli.console import note, stderr
-from tpctl.errors import counted
+from tpctl.errors import OutputError, counted
 
 if TYPE_CHECKING:
     from tpctl.batch.coordinator import Progress as JobProgress
+    from tpctl.batch.formats.choose import FormatSpec
     from tpctl.client.batch import Tally
     from tpctl.client.results import Results
     from tpctl.wire.report import EngineStats
@@ -79,6 +83,34 @@ def summary(tally: Tally, stats: EngineStats | None) -> str:
         parts.append(f"{counted(tally.cut, 'answer')} cut by the end of the context")
     parts.append(counted(tally.errors, "error"))
     return ", ".join(parts)
+
+
+def end_if_finished(spec: FormatSpec | None, target: Path, kept: Path) -> None:
+    """What ``--resume`` comes to where ``target`` has content and nothing is kept of an interrupted run.
+
+    Args:
+        spec: ``None``: of lines that come one by one, which nothing can be compared with.
+        kept: where an interrupted run's rows would be.
+
+    Raises:
+        typer.Exit: it is this batch's output, and finished: 1 if a row is an error, else 0.
+        OutputError: it is something else, which is not replaced.
+    """
+    from tpctl.batch.finished import finished
+    from tpctl.client.results import state_of
+
+    if kept.exists() or state_of(target) is None:
+        return
+    whole = None if spec is None else finished(spec.formats(), target)
+    if whole is not None:
+        sums = f"{counted(whole.rows, 'row')}, {counted(whole.errors, 'error')}"
+        note(f"{target} is finished: {sums}; nothing is left to do")
+        raise typer.Exit(1 if whole.errors else 0)
+    what = "lines that can be read once only" if spec is None else f"the lines of {spec.prompts}"
+    raise OutputError(
+        f"{target} exists already, and is no finished output of {what}; name another file with -o, or move it away: "
+        "--force would delete what is in it"
+    )
 
 
 def left_behind(tally: Tally, results: Results) -> str:

@@ -283,7 +283,7 @@ def _target(output: Path | None, *, force: bool) -> Path | None:
     if target.is_dir() or not target.parent.is_dir():
         what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
         raise OutputError(f"{output} {what}; name another file with -o")
-    check_target(target, resume=False, force=force)
+    check_target(target, force=force)
     return target
 
 

@@ -7,20 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tpctl.client.jobs import Line
-from tpctl.client.results import Results, partial_of
+from tpctl.client.results import Results
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError, counted
 
 
-def check_target(target: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to replace answers that nobody gave up.
-
-    Raises:
-        OutputError: ``target`` holds some, and no interrupted run of its own is to go on.
-    """
-    if not target.is_file():
-        return
-    going_on = resume and partial_of(target).exists()
-    if target.stat().st_size and not force and not going_on:
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse to replace answers that nobody gave up. Raises ``OutputError``: ``target`` holds some."""
+    if target.is_file() and target.stat().st_size and not force:
         raise OutputError(f"{target} exists already; use --force to replace it, or name another file with -o")
 
 
