@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from tests.unit.test_serve_refusals import error
 from tests.unit.test_serve_responses import PATH
 from tests.unit.test_serve_responses import events as response_events
 from tests.unit.thinking import MODELS as PLAIN
+from tests.unit.thinking import TURNS
 from tests.unit.tool_models import MODELS
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Request
 
+ROOT = Path(__file__).parent.parent.parent
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"name": "get_weather", "description": "d", "parameters": PARAMETERS}
 TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "now"}}]
@@ -185,6 +188,28 @@ def test_calls_that_are_required_have_a_grammar(tokenizer: Tokenizer) -> None:
         assert "get_weather" in str(sampling.grammar) and sampling.response_format is None
 
 
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program against a model that has the template that the page names."""
+    page = (ROOT / "docs/tools.md").read_text(encoding="utf-8")
+    named = re.search(r"^tpctl serve demo --chat-template (\S+)$", page, re.MULTILINE)
+    program = re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert named is not None and program is not None
+    template = (ROOT / named[1]).read_text(encoding="utf-8")
+    model = PLAIN["no thoughts"].__class__(template, TURNS).tokenizer(tmp_path)
+
+    def say(tokenizer: Tokenizer, request: Request) -> str:
+        prompt = tokenizer.decode(request.token_ids, skip_special=False)
+        assert '"name": "get_weather"' in prompt
+        return f"It rains in {prompt.count(CALL)} city." if "<tool_response>\n4 degrees, rain" in prompt else CALL
+
+    with served(model, FakeEngine(model, say=say, max_model_len=2048)) as (http, server):
+        opened = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http)
+        monkeypatch.setattr("openai.OpenAI", lambda **options: opened)
+        told: list[str] = []
+        exec(program[1], {"print": told.append})
+    assert told == ["It rains in 1 city."] and len(server.engines[0].requests) == 2
+
+
 def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with served(tokenizer) as (client, _):
         for more, param, said in (
@@ -198,7 +223,7 @@ def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> Non
     plain = PLAIN["no thoughts"].tokenizer(tmp_path)
     with served(plain) as (client, _):
         found = error(client.post(CHAT, json=chat(tools=TOOLS)), 400)
-        assert found.param == "tools" and "does not read them" in found.message
+        assert found.param == "tools" and found.message.endswith("or have another (--chat-template FILE)")
 
 
 def test_a_form_that_the_engine_has_no_text_for_is_named_as_it_was_asked_for(tokenizer: Tokenizer) -> None:

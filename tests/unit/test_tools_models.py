@@ -176,7 +176,9 @@ def test_an_answer_ends_with_the_only_call() -> None:
 
 def test_models_without_tools_refuse_them(tmp_path: Path) -> None:
     tokenizer = PLAIN["qwen3"].tokenizer(tmp_path)
-    with pytest.raises(ToolsError, match="does not read them"):
+    with pytest.raises(
+        ToolsError, match=r"does not read them; leave them out, or have another \(--chat-template FILE\)"
+    ):
         check_tools(tokenizer)
     other = PLAIN["qwen3"].__class__("{{ tools }}{{ messages[0].content }}").tokenizer(tmp_path / "b")
     with pytest.raises(ToolsError, match="in no form that is known: hermes"):

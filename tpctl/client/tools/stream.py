@@ -132,5 +132,9 @@ def check_tools(tokenizer: Tokenizer) -> None:
 def no_tools(tokenizer: Tokenizer) -> str:
     """Why a model cannot be given tools."""
     if "tools" not in tokenizer.template.uses.variables:
-        return "tools are given, but the model's chat template does not read them; leave them out"
-    return f"tools are given, but the model's chat template marks calls in no form that is known: {KNOWN}"
+        what = "does not read them"
+    else:
+        what = f"marks calls in no form that is known: {KNOWN}"
+    return (
+        f"tools are given, but the model's chat template {what}; leave them out, or have another (--chat-template FILE)"
+    )
