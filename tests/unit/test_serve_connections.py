@@ -7,19 +7,24 @@ import gc
 import json
 import os
 import random
+import signal
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from tests.processes import threads, wakeups
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.running import BODY, LONG, PATIENCE, Running, everything, running, talkative, unchunked, until
+from tpctl.cli import serve as cli
+from tpctl.cli.app import app
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import run as run_module
 from tpctl.serve import server as server_module
@@ -27,6 +32,7 @@ from tpctl.serve.app import App
 from tpctl.serve.run import ServeSettings, serve
 from tpctl.serve.sockets import listen
 from tpctl.serve.straight import Straight
+from tpctl.wire.settings import EngineConfig
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,35 @@ def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream
         engine.gate.set()
 
 
-def test_a_signal_that_came_while_engines_started_ends_it(tokenizer: Tokenizer) -> None:
-    """Before there was a loop to take it; its exception was lost somewhere on the way."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_while_engines_start_ends_it(tokenizer: Tokenizer, number: signal.Signals, before: bool) -> None:
+    """Before there was a loop to take it, its exception lost somewhere on the way, or while they load."""
     settings = ServeSettings(("demo",), {"temperature": 1.0})
     engine, sock = FakeEngine(tokenizer, say=lambda *_: "abc"), listen("127.0.0.1", 0)
-    serve([engine], tokenizer, sock, settings, at_once=8, ready=print, note=print, ended=lambda: True)
-    assert not engine.open
+    engine.ready.clear()
+
+    def signalled() -> int | None:
+        if not before:
+            asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+        return number if before else None
+
+    early = serve([engine], tokenizer, sock, settings, at_once=8, ready=print, note=print, signalled=signalled)
+    assert early == number and not engine.open and engine.closed
+
+
+@pytest.mark.parametrize(("early", "code"), [(None, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_never_served_says_so(
+    monkeypatch: pytest.MonkeyPatch, early: signal.Signals | None, code: int
+) -> None:
+    monkeypatch.setattr(cli, "_configured", lambda *_: EngineConfig(Path("model"), 1))
+    monkeypatch.setattr(cli, "_started", lambda *_: [])
+    monkeypatch.setattr(cli, "_settings", lambda *_: None)
+    monkeypatch.setattr("tpctl.cli.template.TemplateAtHand.tokenizer", lambda *_: None)
+    monkeypatch.setattr(run_module, "serve", lambda *_, **__: early)
+    result = CliRunner().invoke(app, ["serve", "model", "--port", "0"])
+    assert result.exit_code == code
+    assert result.stderr == ("" if early is None else "tpctl: interrupted before model was ready\n")
 
 
 def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tpctl.cli.engine import interrupts
-from tpctl.cli.signals import end_if_told, has_come, take_signals
+from tpctl.cli.signals import come, end_if_told, take_signals
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +23,11 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_what_somebody_caught_is_known_of(number: signal.Signals) -> None:
     take_signals()
-    assert not has_come()
+    assert come() is None
     with pytest.raises(SystemExit) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.code == 128 + number
-    assert has_come()
+    assert come() == number
     with pytest.raises(SystemExit) as again:
         end_if_told()
     assert again.value.code == 128 + number
@@ -37,4 +37,4 @@ def test_what_somebody_caught_is_known_of(number: signal.Signals) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     take_signals()
     end_if_told()
-    assert not has_come()
+    assert come() is None

@@ -22,7 +22,7 @@ from tpctl.cli.options import (
     TemplateOptions,
     grouped,
 )
-from tpctl.cli.signals import has_come
+from tpctl.cli.signals import come
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError
@@ -134,7 +134,10 @@ def serve(
 
         at_once = config.max_num_seqs * server.replicas
         tokenizer = at_hand.tokenizer(config.text_dir)
-        run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note, ended=has_come)
+        early = run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note, signalled=come)
+    if early is not None:
+        note(f"tpctl: interrupted before {model} was ready")
+        raise typer.Exit(128 + early)
 
 
 def check_installed() -> None:

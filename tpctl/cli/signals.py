@@ -17,10 +17,10 @@ def take_signals() -> None:
         signal.signal(number, _exit)
 
 
-def has_come() -> bool:
-    """Whether one has come. The exception is raised wherever the process is, and may have been caught there, by an
-    import or a finalizer: so whoever is about to wait for long asks."""
-    return bool(_came)
+def come() -> int | None:
+    """The number of the first that has come, if one has. The exception is raised wherever the process is, and may have
+    been caught there, by an import or a finalizer: so whoever is about to wait for long asks."""
+    return _came[0] if _came else None
 
 
 def end_if_told() -> None:

@@ -56,8 +56,8 @@ def serve(
     at_once: int,
     ready: Callable[[EngineInfo], object],
     note: Callable[[str], object],
-    ended: Callable[[], bool] = lambda: False,
-) -> None:
+    signalled: Callable[[], int | None] = lambda: None,
+) -> int | None:
     """Serve until a signal comes; the engines have ended then.
 
     Args:
@@ -65,7 +65,10 @@ def serve(
         at_once: requests that the engines compute together.
         ready: is called when requests are taken.
         note: is told of what should not have happened, and of what takes engines long to start.
-        ended: whether a signal came before this could take any.
+        signalled: the number of a signal that came before this could take any.
+
+    Returns:
+        The number of the signal, if it came before all engines were ready.
 
     Raises:
         TpctlError: an engine could not be started, or has ended.
@@ -75,12 +78,13 @@ def serve(
     gc.freeze()  # what imports have left is visited by no collection
     gc.set_threshold(_GARBAGE, 20, 20)
     try:
-        failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note, ended))
+        failure, early = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note, signalled))
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
     if failure is not None:
         raise failure
+    return early
 
 
 async def _serve(
@@ -91,9 +95,9 @@ async def _serve(
     at_once: int,
     ready: Callable[[EngineInfo], object],
     note: Callable[[str], object],
-    ended: Callable[[], bool],
-) -> TpctlError | None:
-    """Why an engine ended, if one did."""
+    signalled: Callable[[], int | None],
+) -> tuple[TpctlError | None, int | None]:
+    """Why an engine ended, if one did, and the signal that came before all were ready, if one did."""
     servers: list[Server] = []
 
     def failed(reason: TpctlError) -> None:
@@ -109,7 +113,7 @@ async def _serve(
     with Threads() as threads:
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
-        server = Server(app, pool, settings.drain, ended)
+        server = Server(app, pool, settings.drain, signalled)
         servers.append(server)
         starting = asyncio.create_task(_tell(pool, ready, note))
         try:
@@ -117,7 +121,7 @@ async def _serve(
         finally:
             starting.cancel()
             await pool.close()
-    return pool.failure
+    return pool.failure, server.early
 
 
 async def _tell(pool: Pool, ready: Callable[[EngineInfo], object], note: Callable[[str], object]) -> None:

@@ -30,10 +30,13 @@ class Server(uvicorn.Server):
     """Serves until a signal comes or an engine ends.
 
     The first signal lets what is under way finish within ``drain`` seconds, the second one ends it.
+
+    Attributes:
+        early: the first signal, if it came before the engines were ready.
     """
 
-    def __init__(self, app: App, pool: Pool, drain: float, ended: Callable[[], bool] = lambda: False) -> None:
-        """``ended``: whether a signal came before this could take any."""
+    def __init__(self, app: App, pool: Pool, drain: float, signalled: Callable[[], int | None] = lambda: None) -> None:
+        """``signalled``: the number of a signal that came before this could take any."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -57,7 +60,8 @@ class Server(uvicorn.Server):
         self._ending = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._signals = 0
-        self._ended = ended
+        self._signalled = signalled
+        self.early: int | None = None
 
     async def main_loop(self) -> None:
         """In the place of uvicorn's, which looks around ten times a second.
@@ -77,18 +81,20 @@ class Server(uvicorn.Server):
         ours = threading.current_thread() is threading.main_thread()  # others are told of no signals
         numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
         for number in numbers:
-            loop.add_signal_handler(number, self.end)
-        if self._ended():
-            self.end()
+            loop.add_signal_handler(number, self.end, number)
+        if (came := self._signalled()) is not None:
+            self.end(came)
         try:
             yield
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    def end(self) -> None:
+    def end(self, number: int = signal.SIGTERM) -> None:
         """Take no new requests, and end within the drain's seconds; at once if it is called again."""
         self._signals += 1
+        if self._pool.info is None and self._pool.failure is None:
+            self.early = self.early or number
         if self._signals > 1:
             self._give_up()
             return
