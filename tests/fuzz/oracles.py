@@ -143,14 +143,14 @@ def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _windows(config: Any, ours: Any) -> tuple[int | None, ...]:
-    """Each layer's sliding window as the model class of transformers applies it."""
+    """Each attention layer's sliding window as the model class of transformers applies it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if ours.model_type in ("llama", "glm4_moe"):
         return (None,) * ours.num_layers
     if ours.model_type in ("mistral", "phi3", "mixtral", "qwen3_moe") or not kinds:
         return (window,) * ours.num_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds if kind != "linear_attention")
 
 
 def _tokens(model: Path, outcome: Outcome) -> list[Fault]:
