@@ -225,6 +225,18 @@ def test_a_field_that_is_not_read_is_refused_by_name(
         assert template.render([{**message, field: empty} for message in messages])
 
 
+def test_a_role_that_nobody_names_is_refused(process: TemplateProcess) -> None:
+    """A template that repeats any role would write a misspelt one into the prompt."""
+    template = compiled(FIELDS, process)
+    said = 'message 2 has the role "usr", which the model\'s chat template does not name; use system, user, assistant'
+    with pytest.raises(RequestError, match=said):
+        template.render([user("hi"), {"role": "usr", "content": "a"}])
+    named = compiled("{% for m in messages %}{{ m.content if m.role == 'king' else m.role }}{% endfor %}", process)
+    assert named.render([{"role": "king", "content": "a"}, {"role": "function", "content": "b"}]) == "afunction"
+    whole = compiled("{% for m in messages %}{{ m | tojson }}{% endfor %}", process)
+    assert '"usr"' in whole.render([{"role": "usr", "content": "a"}])
+
+
 def test_parts_of_a_content(process: TemplateProcess) -> None:
     messages = [user("hi"), {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert compiled(PARTS, process).render(messages) == "hi<a><b>"

@@ -104,13 +104,23 @@ def _suited(message: Message, uses: Uses) -> Message:
     return {**said, "content": ""} if said.get("content") is None else said
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""OpenAI's. Most templates repeat any role, so that a misspelt one would stand in the prompt."""
+
+
 def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
-    """Refuse fields that a template does not read.
+    """Refuse fields that a template does not read, and roles that neither OpenAI's interface nor it names.
 
     Raises:
-        RequestError: a message has such a field.
+        RequestError: a message has such a field, or such a role.
     """
     for number, message in enumerate(messages, start=1):
+        role = message.get("role")
+        if role not in _ROLES and role not in uses.names and not uses.whole:
+            raise RequestError(
+                f"message {number} has the role {shown(role)}, which the model's chat template does not name; use "
+                "system, user, assistant or tool"
+            )
         for name, value in message.items():
             if value not in _NOTHING and not uses.reads(name) and name not in _ADDRESSES:
                 raise RequestError(
