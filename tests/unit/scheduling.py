@@ -9,6 +9,7 @@ from math import lcm
 from weakref import WeakKeyDictionary
 
 import pytest
+from hypothesis import strategies as st
 
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.block_manager import BlockManager
@@ -199,6 +200,18 @@ LAYOUTS = [
     KvLayout(4, (None, 1), (3, 2)),
     KvLayout(4, (None, 4, 14), (1, 4, 2)),
 ]
+
+DRAWN = {
+    "seed": st.integers(0, 2**32),
+    "num_blocks": st.integers(6, 40),
+    "budget": st.integers(8, 40),
+    "abort": st.booleans(),
+    "border": st.sampled_from([5, 12, 16, 17, 1000]),
+    "broken": st.booleans(),
+    "states": st.sampled_from([0, 1, 2, 3, 9, 40]),
+    "layout": st.sampled_from(LAYOUTS),
+}
+"""Of a scheduler that is driven at random: tokens of a table's ``border``, and of a step's ``budget``."""
 
 
 def drive_at_random(

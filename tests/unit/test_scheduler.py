@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.scheduling import LAYOUTS, drive, drive_at_random, make, served
+from tests.unit.scheduling import DRAWN, drive, drive_at_random, make, served
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import StateUse
@@ -19,17 +19,7 @@ from tpctl.wire.sampling import SamplingParams
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    num_blocks=st.integers(6, 40),
-    overlap=st.booleans(),
-    budget=st.integers(8, 40),
-    abort=st.booleans(),
-    border=st.sampled_from([5, 12, 16, 17, 1000]),
-    broken=st.booleans(),
-    states=st.sampled_from([0, 1, 2, 3, 9, 40]),
-    layout=st.sampled_from(LAYOUTS),
-)
+@given(**DRAWN, overlap=st.booleans())
 def test_batched_equals_alone(
     seed: int,
     num_blocks: int,

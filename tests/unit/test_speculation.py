@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.scheduling import LAYOUTS, alone, drive, drive_at_random, make
+from tests.unit.scheduling import DRAWN, alone, drive, drive_at_random, make
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -55,17 +55,7 @@ def whole(sequence: Sequence) -> list[int]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    num_blocks=st.integers(6, 40),
-    budget=st.integers(8, 40),
-    abort=st.booleans(),
-    border=st.sampled_from([5, 12, 16, 17, 1000]),
-    broken=st.booleans(),
-    states=st.sampled_from([0, 1, 2, 3, 9, 40]),
-    layout=st.sampled_from(LAYOUTS),
-    apart=st.booleans(),
-)
+@given(**DRAWN, apart=st.booleans())
 def test_answers_are_those_without(
     seed: int,
     num_blocks: int,
