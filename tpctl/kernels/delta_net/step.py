@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2
+from tpctl.kernels.delta_net.convolution import keep_in_run, keep_input, past, past_in_run
 from tpctl.kernels.delta_net.inputs import (
     NetShape,
     NetState,
@@ -48,121 +49,6 @@ class StepRows(NamedTuple):
     writes: torch.Tensor
     copies: torch.Tensor
     lens: torch.Tensor
-
-
-@triton.jit
-def _past(
-    taps_ptr,
-    inputs_ptr,
-    channel,
-    inside,
-    position,
-    read,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """What earlier tokens add to the convolution of some channels, float32; and the tap of the one that comes."""
-    tap = tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
-    total = tap * 0.0
-    for back in tl.static_range(1, TAPS):
-        row = (position + (TAPS - back)) % TAPS * CHANNELS
-        old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
-        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
-    return total, tap
-
-
-@triton.jit
-def _keep_input(
-    x,
-    inputs_ptr,
-    channel,
-    inside,
-    position,
-    read,
-    write,
-    copy,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """Move the convolution's state of some channels on by their input ``x``."""
-    row = position % TAPS * CHANNELS
-    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=inside)
-    if (write != read) | (copy >= 0):  # a slot without those before
-        tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=inside & (copy >= 0))
-        for back in tl.static_range(1, TAPS - 1):
-            row = (position + (TAPS - back)) % TAPS * CHANNELS
-            old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
-            tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=inside & (write != read))
-            tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, old, mask=inside & (copy >= 0))
-
-
-@triton.jit
-def _before(
-    back: tl.constexpr,
-    own_at,
-    stride,
-    inputs_ptr,
-    channel,
-    inside,
-    position,
-    read,
-    place,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """What came in so many tokens before the row at this ``place`` of a run: of the run's rows, else in its state."""
-    row = (position + (TAPS - back)) % TAPS * CHANNELS
-    kept = (read >= 0) & (back > place)
-    old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & kept, other=0.0)
-    own = tl.load(own_at - back * stride, mask=inside & (back <= place), other=0.0)
-    return tl.where(back <= place, own, old)
-
-
-@triton.jit
-def _past_in_run(
-    taps_ptr,
-    own_at,
-    stride,
-    inputs_ptr,
-    channel,
-    inside,
-    position,
-    read,
-    place,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """As ``_past``, of a row within a run."""
-    tap = tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
-    total = tap * 0.0
-    for back in tl.static_range(1, TAPS):
-        old = _before(back, own_at, stride, inputs_ptr, channel, inside, position, read, place, CHANNELS, TAPS)
-        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
-    return total, tap
-
-
-@triton.jit
-def _keep_in_run(
-    x,
-    own_at,
-    stride,
-    inputs_ptr,
-    channel,
-    inside,
-    position,
-    read,
-    place,
-    write,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """As ``_keep_input``, of a row within a run: the convolution's state behind it, whole."""
-    row = position % TAPS * CHANNELS
-    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=inside)
-    for back in tl.static_range(1, TAPS - 1):
-        row = (position + (TAPS - back)) % TAPS * CHANNELS
-        old = _before(back, own_at, stride, inputs_ptr, channel, inside, position, read, place, CHANNELS, TAPS)
-        tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=inside)
 
 
 @triton.jit
@@ -207,7 +93,7 @@ def _move_on(
     row,
     write,
     copy,
-    qk_past,  # what `_past` gives
+    qk_past,  # what `past` gives
     qk_tap,
     v_past,
     v_tap,
@@ -340,14 +226,14 @@ def step_kernel(
             copy = tl.load(copies_ptr + row).to(tl.int64)
             position = tl.load(lens_ptr + row) - 1
             state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0), other=0.0)
-            qk_past, qk_tap = _past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
-            v_past, v_tap = _past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
+            qk_past, qk_tap = past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
+            v_past, v_tap = past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
             state, qk_in, v_in = _move_on(
                 state, head, row, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr, v_ptr,
                 z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step, key_step,
                 v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)  # fmt: skip
-            _keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
-            _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
+            keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
+            keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
     else:
         row = tl.program_id(1).to(tl.int64)
         read = tl.load(reads_ptr + row).to(tl.int64)
@@ -355,8 +241,8 @@ def step_kernel(
         copy = tl.load(copies_ptr + row).to(tl.int64)
         position = tl.load(lens_ptr + row) - 1
         state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0) & (write >= 0), other=0.0)
-        qk_past, qk_tap = _past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
-        v_past, v_tap = _past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
+        qk_past, qk_tap = past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
+        v_past, v_tap = past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -369,8 +255,8 @@ def step_kernel(
                 state, head, row, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr, v_ptr,
                 z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step, key_step,
                 v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)  # fmt: skip
-            _keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
-            _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
+            keep_input(qk_in, inputs_ptr, of_keys, in_d & own_keys, position, read, write, copy, CHANNELS, TAPS)
+            keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
             if RUNS:
                 behind = tl.load(reads_ptr + row + 1, mask=row + 1 < tl.num_programs(1), other=-1)
                 of = tl.arange(0, 2)[:, None]
@@ -384,18 +270,18 @@ def step_kernel(
                     write = tl.load(writes_ptr + row).to(tl.int64)
                     qk_at = qk_first + row * qkv_stride
                     v_at = v_first + row * qkv_stride
-                    qk_past, qk_tap = _past_in_run(taps_ptr, qk_at, qkv_stride, inputs_ptr, of_keys, in_d, position,
+                    qk_past, qk_tap = past_in_run(taps_ptr, qk_at, qkv_stride, inputs_ptr, of_keys, in_d, position,
                                                    read, at, CHANNELS, TAPS)  # fmt: skip
-                    v_past, v_tap = _past_in_run(taps_ptr, v_at, qkv_stride, inputs_ptr, of_values, in_e, position,
+                    v_past, v_tap = past_in_run(taps_ptr, v_at, qkv_stride, inputs_ptr, of_values, in_e, position,
                                                  read, at, CHANNELS, TAPS)  # fmt: skip
                     state, qk_in, v_in = _move_on(
                         state, head, row, write, -1, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log, weight, q_ptr,
                         v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
                         key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D,
                         BLOCK_E)  # fmt: skip
-                    _keep_in_run(qk_in, qk_at, qkv_stride, inputs_ptr, of_keys, in_d & own_keys, position, read, at,
+                    keep_in_run(qk_in, qk_at, qkv_stride, inputs_ptr, of_keys, in_d & own_keys, position, read, at,
                                  write, CHANNELS, TAPS)  # fmt: skip
-                    _keep_in_run(v_in, v_at, qkv_stride, inputs_ptr, of_values, in_e, position, read, at, write,
+                    keep_in_run(v_in, v_at, qkv_stride, inputs_ptr, of_values, in_e, position, read, at, write,
                                  CHANNELS, TAPS)  # fmt: skip
 
 
