@@ -111,6 +111,31 @@ def test_no_state_is_kept_where_prefixes_are_not_shared() -> None:
     assert batch is not None and batch.items[0].state == StateUse(0, None)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_drafts_take_the_slots_of_states_kept_longest(apart: bool) -> None:
+    blocks = BlockManager(40, 4)
+    pool = StatePool(5, blocks, apart=apart)
+    for number in range(3):  # each leaves the state behind its first block, and its own slot
+        done = Sequence(str(number), [number] * 6, SamplingParams(), 256)
+        pool.begin()
+        pool.admit(done, blocks.nothing)
+        done.borders = (1,)
+        pool.use(done, 0, 6)
+        pool.release(done)
+    pool.begin()
+    sequence = Sequence("a", [9] * 6, SamplingParams(), 256)
+    pool.admit(sequence, blocks.nothing)
+    assert pool.room_for_drafts(0) == 4 - apart, "one slot is free, three are kept"
+    assert pool.room_for_drafts(2) == 2 - apart, "two wait"
+    state = pool.use(sequence, 6, 7, drafts=3)
+    assert len({state.slot, *(slot for _, slot in state.keeps)}) == 4 + apart
+    assert pool.room_for_drafts(0) == 1 - apart
+    pool.check_integrity([sequence])
+    pool.settle(sequence, 2)
+    pool.release(sequence)
+    pool.check_integrity()
+
+
 def test_integrity_check_finds_a_lost_state() -> None:
     blocks = BlockManager(4, 4)
     pool = StatePool(2, blocks)

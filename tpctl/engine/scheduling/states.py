@@ -80,7 +80,8 @@ class StatePool:
 
     def room_for_drafts(self, waiting: int) -> int:
         """How many drafts a sequence may have, so that as many others can be admitted beside it."""
-        return max(0, len(self._free) - waiting - self.apart)
+        kept = len(self._kept) - sum(digest in self._kept for digest in self._read)
+        return max(0, len(self._free) + kept - waiting - self.apart)
 
     def use(self, sequence: Sequence, start: int, end: int, drafts: int = 0) -> StateUse:
         """What a step does with the state of ``sequence``, of which it computes the tokens ``start`` to ``end``; behind
@@ -90,7 +91,9 @@ class StatePool:
         sequence.state_source = slot
         before = []
         if drafts:
-            copies = self._drafts[sequence.id] = [self._free.pop() for _ in range(drafts + self.apart)]
+            slots = [self._take(self._read) for _ in range(drafts + self.apart)]
+            copies = self._drafts[sequence.id] = [slot for slot in slots if slot is not None]
+            assert len(copies) == len(slots), "more drafts than there is room for"
             before = list(enumerate(copies, end - start))
             if self.apart:  # what is at a block's border is kept when it is known how many hold
                 return StateUse(slot, source, tuple(before))
