@@ -81,7 +81,7 @@ def dense(gpus: int) -> Iterator[Run]:
 
 
 def tests(gpus: int) -> Iterator[Run]:
-    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--durations=5")
+    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "-n", "4", "--durations=5")
     for name in ("test_kernels_all_reduce.py", "test_many_gpus.py", "test_real_weights.py"):
         yield Run("tests", name, (*pytest, str(HERE.parent / "tests/gpu" / name)), False)
     soak = (sys.executable, str(HERE / "soak.py"), "--shape", "qwen3-0.6b", "--tp", str(gpus))
@@ -160,9 +160,8 @@ def measured(run: Run, seconds: float) -> Found:
     end.cancel()
     took, text = time.monotonic() - began, "".join(lines)
     if code:
-        return Found(
-            code, took, text=f"not done after {took:.0f} s" if code == -signal.SIGKILL else text[-1500:].strip()
-        )
+        late = f"not done after {took:.0f} s\n" if code == -signal.SIGKILL else ""
+        return Found(code, took, text=late + text[-1500:].strip())
     if not run.is_json:
         return Found(0, took, text=text.strip()[-4000:])
     figures = json.loads(text)["figures"]

@@ -8,7 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.linear.gemv import GemvConfig, GemvScratch, pick, small_linear, small_linear_reference
+from tpctl.kernels.linear.gemv import (
+    GemvConfig,
+    GemvScratch,
+    pick,
+    pick_tensor_cores,
+    small_linear,
+    small_linear_reference,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -28,13 +35,22 @@ SHAPES = [(1, 101, 576), (1, 64, 1024), (2, 101, 576), (3, 67, 320), (4, 64, 102
 CASES = [(config, *shape) for config in CONFIGS for shape in SHAPES if shape[0] <= 4 or config is None or config.dot]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_of_tensor_cores_fit(itemsize: int, gated: bool) -> None:
+    for in_features in (96, 1024, 4096, 14336):
+        config = pick_tensor_cores(16, 4096, in_features, gated=gated, itemsize=itemsize)
+        weights = config.block_n * (1 + gated) + 16
+        assert (config.num_stages - 1) * weights * config.block_k * itemsize <= 200 << 10, in_features
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", ["plain", "bias+residual", "norm", "norm+gated", "all"])
 @pytest.mark.parametrize("config,rows,out_features,in_features", CASES)
 def test_matches_reference(config, rows, out_features, in_features, parts, dtype):
     gated = parts in ("norm+gated", "all")
     if config is None:
-        config = pick(rows, out_features, in_features, gated=gated)
+        config = pick(rows, out_features, in_features, gated=gated, itemsize=dtype.itemsize)
     torch.manual_seed(rows + out_features)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -92,11 +92,18 @@ def few_rows(device: torch.device) -> int:
 
 
 def pick(
-    rows: int, out_features: int, in_features: int, *, gated: bool = False, most: int = _MAX_SKINNY_ROWS
+    rows: int,
+    out_features: int,
+    in_features: int,
+    *,
+    gated: bool = False,
+    most: int = _MAX_SKINNY_ROWS,
+    itemsize: int = 2,
 ) -> GemvConfig | None:
     """The tuned configuration for a linear of [out_features, in_features], or None where cuBLAS is faster.
 
-    With `gated`, out_features counts one half of the merged [gate; up] weight. most: what `few_rows` says.
+    With `gated`, out_features counts one half of the merged [gate; up] weight. most: what `few_rows` says. itemsize:
+    bytes of a weight.
     """
     if rows > most:
         return None
@@ -121,7 +128,7 @@ def pick(
         on_cuda_cores = _pick_cuda_cores(rows, out_features, in_features, gated=gated)
         if on_cuda_cores is not None:
             return on_cuda_cores
-    return pick_tensor_cores(rows, out_features, in_features, gated=gated)
+    return pick_tensor_cores(rows, out_features, in_features, gated=gated, itemsize=itemsize)
 
 
 def _pick_cuda_cores(rows: int, out_features: int, in_features: int, *, gated: bool) -> GemvConfig | None:
@@ -141,10 +148,10 @@ def _pick_cuda_cores(rows: int, out_features: int, in_features: int, *, gated: b
     return one._replace(block_k=one.block_k // 2)
 
 
-def pick_tensor_cores(rows: int, out_features: int, in_features: int, *, gated: bool) -> GemvConfig:
-    """That of a few rows on the tensor cores. Bytes in flight decide: 64 x 256 weights three deep; short outputs are
-    split to busy most of the chip."""
-    block_k = 256
+def pick_tensor_cores(rows: int, out_features: int, in_features: int, *, gated: bool, itemsize: int = 2) -> GemvConfig:
+    """That of a few rows on the tensor cores. Bytes in flight decide: 64 x 256 weights of 16 bits three deep; short
+    outputs are split to busy most of the chip."""
+    block_k = 512 // itemsize
     while block_k > 32 and in_features % block_k:
         block_k //= 2
     blocks = -(-out_features // 64)
@@ -200,7 +207,8 @@ def small_linear(
     out_features = weight_OH.shape[0] // 2 if activation else weight_OH.shape[0]
     if config is None:
         most = few_rows(x_TH.device)
-        config = pick(rows, out_features, in_features, gated=activation is not None, most=most)
+        gated, itemsize = activation is not None, x_TH.element_size()
+        config = pick(rows, out_features, in_features, gated=gated, most=most, itemsize=itemsize)
         if config is None:
             raise ValueError(f"{rows} rows are more than {most}; use torch.nn.functional.linear")
     if rows > _MAX_CUDA_ROWS and not config.dot:

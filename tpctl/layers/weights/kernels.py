@@ -80,7 +80,7 @@ class KernelWeight(DenseWeight):
         x, norm = self._norm_apart(x, norm)
         state, rows, width = self._state, x.shape[0], self.weight.shape[0] // 2
         if bias is None and self._facts.takes(x):
-            config = pick(rows, width, x.shape[1], gated=True, most=self._facts.few_rows)
+            config = pick(rows, width, x.shape[1], gated=True, most=self._facts.few_rows, itemsize=x.itemsize)
             if config is not None:
                 return small_linear(
                     x, self.weight, self._scratch, **fused(norm), activation=activation, config=config, pdl=state.pdl
@@ -140,7 +140,7 @@ class KernelWeight(DenseWeight):
     def _config(self, x: Tensor) -> GemvConfig | None:
         if not self._facts.takes(x):
             return None
-        return pick(x.shape[0], self.weight.shape[0], x.shape[1], most=self._facts.few_rows)
+        return pick(x.shape[0], self.weight.shape[0], x.shape[1], most=self._facts.few_rows, itemsize=x.itemsize)
 
     def _norm_apart(self, x: Tensor, norm: RMSNorm | None) -> tuple[Tensor, RMSNorm | None]:
         """Norm ``x`` beforehand where the kernel would multiply it by the norm's weight in float16, which overflows;
