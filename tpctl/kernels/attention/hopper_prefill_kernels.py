@@ -286,7 +286,6 @@ def _attend(
                     tail = values.load(BLOCKED)
                     values.store(gl.where((token < length)[:, None], tail, 0.0))
                     fence_async_shared()
-                    gl.thread_barrier()
                 acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, SUMS))[:, None]
                 operand = gl.convert_layout(p.to(v_smem.dtype), gl.DotOperandLayout(0, SUMS, 2))
                 acc = warpgroup_mma(operand, values, acc, is_async=True)
@@ -295,7 +294,6 @@ def _attend(
 
                 result = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
                 out_smem.index(HALF).store(result.to(out_smem.dtype))
-                gl.thread_barrier()
                 row = m + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BLOCKED))
                 d = head * DIM + gl.arange(0, DIM, layout=gl.SliceLayout(0, BLOCKED))
                 offsets = (q_start + row).to(gl.int64)[:, None] * out_stride + d[None, :]
