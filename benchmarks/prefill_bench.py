@@ -1,9 +1,9 @@
-"""Checks and times prefill attention on Hopper, the Gluon kernel in several configurations beside the Triton one.
+"""Checks and times prefill attention on Hopper, the Gluon kernel beside the Triton one.
 
     PYTHONPATH=. python benchmarks/prefill_bench.py [--seconds 20] [NAME ...]
 
-Each configuration runs in a process of its own, which is killed when its time is up; one whose results are wrong is not
-timed. Milliseconds are medians of replays of a CUDA graph; TFLOP/s count the products below the diagonal.
+Each kernel runs in a process of its own, which is killed when its time is up; one whose results are wrong is not timed.
+Milliseconds are medians of replays of a CUDA graph; TFLOP/s count the products below the diagonal.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
-from kernel_timing import BF16, DEVICE, LLAMA, Shape, graph_us, make_cache
+from kernel_timing import BF16, DEVICE, Shape, graph_us, make_cache
 from triton import __version__ as triton_version
 
-from tpctl.kernels.attention.hopper_prefill import HopperConfig, hopper_prefill
-from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
+from tpctl.kernels.attention import paged_prefill
+from tpctl.kernels.attention.hopper_prefill import hopper_prefill
+from tpctl.kernels.attention.paged_prefill import paged_prefill_reference
 from tpctl.kernels.common.ahead import KernelSpec, compile_for, compile_spec, unlaunched
 from tpctl.kernels.common.launch import DeviceFacts, stand_for
 
 Pairs = list[tuple[int, int]]
 """New tokens and cached ones of each sequence."""
 
-HEADS = {"32/8 of 128": (32, 8, 128), "16/8 of 128": (16, 8, 128), "64/8 of 64": (64, 8, 64)}
-TIMED: list[Pairs] = [[(16_000, 0)], [(4_000, 0)] * 4, [(1_024, 0)] * 16, [(8_192, 65_536)]]
+HEADS = {"32/8 of 128": (32, 8, 128), "16/8 of 128": (16, 8, 128)}
+TIMED: list[Pairs] = [[(16_000, 0)], [(4_000, 0)] * 4, [(1_024, 0)] * 16, [(512, 0)] * 32, [(256, 0)] * 64]
+TIMED += [[(1_000, 0)], [(512, 0)], [(512, 15_000)], [(8_192, 65_536)]]
 CHECKED: list[tuple[int, Pairs]] = [
     (128, [(300, 0)]),
     (128, [(70, 0), (3, 200), (129, 1)]),
@@ -37,15 +40,17 @@ CHECKED: list[tuple[int, Pairs]] = [
 """Tokens of a block, and sequences."""
 LARGEST_ERROR = 1.5e-2
 
-CONFIGS = {
-    "triton": None,
-    "128x128, 2": HopperConfig(128, 2),
-    "128x128, 2, turns": HopperConfig(128, 2, turns=True),
-    "128x128, 2, short": HopperConfig(128, 2, persistent=False),
-    "128x64, 4": HopperConfig(64, 4),
-    "128x64, 4, turns": HopperConfig(64, 4, turns=True),
+
+def triton_prefill(*arguments: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    with mock.patch.object(paged_prefill, "takes", lambda *_: False):
+        return paged_prefill.paged_prefill(*arguments, scale=scale, out=out)
+
+
+WAYS: dict[str, Callable[..., torch.Tensor]] = {
+    "triton": triton_prefill,
+    "gluon": partial(hopper_prefill, late=False),
+    "gluon, late": hopper_prefill,
 }
-"""Queries x keys, tiles in buffers, and whether halves take turns; ``short``: a program a piece of work."""
 
 
 def case(pairs: Pairs, heads: tuple[int, int, int], block_size: int) -> tuple[torch.Tensor, ...]:
@@ -58,53 +63,46 @@ def case(pairs: Pairs, heads: tuple[int, int, int], block_size: int) -> tuple[to
     return q, keys, values, tables[0], starts.to(DEVICE), lens
 
 
-def attention(config: HopperConfig | None, arguments: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+def attention(name: str, arguments: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
     out = torch.full_like(arguments[0], float("nan"))
-    scale = arguments[0].shape[-1] ** -0.5
-    if config is None:
-        return partial(paged_prefill, *arguments, scale=scale, out=out)
-    return partial(hopper_prefill, *arguments, scale=scale, out=out, config=config)
+    return partial(WAYS[name], *arguments, scale=arguments[0].shape[-1] ** -0.5, out=out)
 
 
-def error(config: HopperConfig | None, block_size: int, pairs: Pairs, heads: tuple[int, int, int]) -> float:
+def error(name: str, block_size: int, pairs: Pairs) -> float:
     """The largest difference of a head's result from the reference in float32, in norms of what is wanted."""
     torch.manual_seed(len(pairs))
-    arguments = case(pairs, heads, block_size)
+    arguments = case(pairs, (8, 2, 128), block_size)
     _, keys, values, table, _, lens = arguments
     for row, length in enumerate(lens.tolist()):
         if length % block_size:  # memory behind the end may hold anything
             for cache in (keys, values):
                 cache[int(table[row, length // block_size]), length % block_size :] = float("nan")
     want = paged_prefill_reference(*(one.float() for one in arguments[:3]), *arguments[3:])
-    got = attention(config, arguments)().float()
+    got = attention(name, arguments)().float()
     return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
 def run(name: str) -> None:
-    """Check and time one configuration."""
+    """Check and time one kernel."""
     began = time.perf_counter()
-    config = CONFIGS[name]
-    for heads in ((8, 2, 128), (8, 1, 64)):
-        errors = [error(config, *one, heads) for one in CHECKED]
-        wrong = not all(one < LARGEST_ERROR for one in errors)  # NaN is wrong
-        print(f"{name:<20} errors of heads of {heads[2]:>3}:", *(f"{one:.1e}" for one in errors),
-              "WRONG" if wrong else "", f"({time.perf_counter() - began:.1f} s)", flush=True)  # fmt: skip
-        if wrong:
-            return
+    errors = [error(name, *one) for one in CHECKED]
+    wrong = not all(one < LARGEST_ERROR for one in errors)  # NaN is wrong
+    print(f"{name:<12} errors:", *(f"{one:.1e}" for one in errors), "WRONG" * wrong,
+          f"({time.perf_counter() - began:.1f} s)", flush=True)  # fmt: skip
+    if wrong:
+        return
     for label, heads in HEADS.items():
         for pairs in TIMED:
-            if len(pairs) == 1 and pairs[0][1] and heads[0] != LLAMA.heads:
-                continue
             (new, cached), count = pairs[0], len(pairs)
-            ms = graph_us([attention(config, case(pairs, heads, 128))], 3) / 1e3
+            ms = graph_us([attention(name, case(pairs, heads, 128))], 3) / 1e3
             flops = 4 * count * new * (cached + new / 2) * heads[0] * heads[2]
             tokens = f"{count} x {new}" + (f" after {cached}" if cached else "")
-            print(f"{name:<20} {label:<12} {tokens:<20} {ms:>8.3f} ms {flops / ms / 1e9:>5.0f} TFLOP/s", flush=True)
-    print(f"{name:<20} took {time.perf_counter() - began:.1f} s", flush=True)
+            print(f"{name:<12} {label:<12} {tokens:<20} {ms:>8.3f} ms {flops / ms / 1e9:>5.0f} TFLOP/s", flush=True)
+    print(f"{name:<12} took {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def compile_first(name: str) -> None:
-    """Compile one configuration for an H200 into Triton's cache, without a device."""
+    """Compile one kernel for an H200 into Triton's cache, without a device."""
     facts = DeviceFacts((9, 0), 132, 232448)
     compile_for(facts)
     stand_for(facts)
@@ -114,19 +112,19 @@ def compile_first(name: str) -> None:
             q = torch.empty(16_000, num_heads, head_dim, device="meta", dtype=BF16)
             cache = torch.empty(200, 128, num_kv_heads, head_dim, device="meta", dtype=BF16)
             table, starts, lens = (torch.empty(size, device="meta", dtype=torch.int32) for size in ((1, 200), 2, 1))
-            attention(CONFIGS[name], (q, cache, cache, table, starts, lens))()
+            attention(name, (q, cache, cache, table, starts, lens))()
     for spec in specs:
         compile_spec(spec)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"configurations: {', '.join(CONFIGS)}; default all")
-    parser.add_argument("--seconds", type=float, default=20, help="of each configuration, at most")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"kernels: {', '.join(WAYS)}; default all")
+    parser.add_argument("--seconds", type=float, default=20, help="of each kernel, at most")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, triton {triton_version}", flush=True)
     context = multiprocessing.get_context("fork")  # nothing is imported again; CUDA begins in the children
-    names = options.names or list(CONFIGS)
+    names = options.names or list(WAYS)
     began = time.perf_counter()
     compiling = [context.Process(target=compile_first, args=(name,)) for name in names]
     for child in compiling:
@@ -139,11 +137,11 @@ def main() -> None:
         child.start()
         child.join(options.seconds)
         if child.is_alive():
-            print(f"{name:<20} did not end within {options.seconds:g} s: killed", flush=True)
+            print(f"{name:<12} did not end within {options.seconds:g} s: killed", flush=True)
             child.kill()
             child.join()
         elif child.exitcode:
-            print(f"{name:<20} ended with {child.exitcode}", flush=True)
+            print(f"{name:<12} ended with {child.exitcode}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tpctl.kernels.attention.hopper_prefill import hopper_prefill, takes
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
 from tpctl.kernels.attention.reference import softcap_reference, softmax_reference
 from tpctl.kernels.attention.tile_runs import LOG2E, soft_capped
@@ -300,6 +301,12 @@ def paged_prefill(
     if num_tokens == 0:
         return out_TND
     num_seqs = seq_lens_S.shape[0]
+    scale = head_dim**-0.5 if scale is None else scale
+    plain = factors is None and sinks_N is None and not (window or softcap or pdl)
+    if plain and takes(q_TND, k_cache, num_seqs):
+        return hopper_prefill(
+            q_TND, k_cache, v_cache, block_tables, query_start_loc, seq_lens_S, scale=scale, out=out_TND
+        )
     device, itemsize = q_TND.device, q_TND.element_size()
     config = prefill_config(
         num_tokens, num_seqs, head_dim, block_size, itemsize, shared_memory(device), is_hopper(device)
@@ -316,7 +323,7 @@ def paged_prefill(
         seq_lens_S,
         out_TND,
         q_TND if sinks_N is None else sinks_N,
-        (head_dim**-0.5 if scale is None else scale) * LOG2E.value,
+        scale * LOG2E.value,
         num_seqs,
         block_tables.stride(0),
         q_TND.stride(0),
