@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 
@@ -19,8 +17,8 @@ _VERSIONS = ("3.6", "3.7")
 """Of Triton, whose Gluon the kernel is written in: others' has other names."""
 
 
-@functools.cache
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
+    """Whether this Triton can compile the kernel."""
     return triton.__version__.startswith(tuple(f"{version}." for version in _VERSIONS))
 
 
@@ -30,7 +28,7 @@ def takes(q_TND: torch.Tensor, k_cache: torch.Tensor, num_seqs: int) -> bool:
     num_tokens, _, head_dim = q_TND.shape
     return (
         is_hopper(q_TND.device)
-        and _has_gluon()
+        and has_gluon()
         and q_TND.dtype == k_cache.dtype == torch.bfloat16
         and head_dim == HEAD_DIM
         and k_cache.shape[1] % TILE == 0
