@@ -42,7 +42,7 @@ def test_drafts_in_layers_of_other_kinds(
     name: str, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In captured steps, beyond the window, beside a sequence without drafts; answers are transformers'."""
-    monkeypatch.setattr(cuda_runner.CudaRunner, "row_cost", RowCost(0, 0))
+    monkeypatch.setattr(cuda_runner, "gpu_cost", lambda loaded: RowCost(0, 0))
     model = make_looping(name, tmp_path / "hf", **{**SHAPE, **FAMILIES[name]})
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     prompts = {"0": [5, 6, 7, 8] * 4, "1": [4, 5, 6, 7, 20, 4, 5, 6, 7, 21, 4, 5, 6]}  # where 4 follows 7
@@ -72,7 +72,7 @@ def test_drafts_are_rows_of_a_decode(
     params: dict[str, Any], eager: bool, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers are those without speculation, on the device as with the host's help, in captured steps and without."""
-    monkeypatch.setattr(cuda_runner.CudaRunner, "row_cost", RowCost(0, 0))
+    monkeypatch.setattr(cuda_runner, "gpu_cost", lambda loaded: RowCost(0, 0))
     make_checkpoint("qwen3", tmp_path / "hf", **{**SHAPE, "num_hidden_layers": 1})
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     prompts = {"0": [5, 6, 7, 8] * 4, "1": [9, 9, 9]}

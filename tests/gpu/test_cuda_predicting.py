@@ -17,7 +17,7 @@ from tests.tiny_predicting import make_copying
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import cuda_predicting, predicting, runner
+from tpctl.engine.runners import predicting, runner
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.scheduling.speculation import PredictedDrafter, RowCost
 from tpctl.engine.steps import mixed
@@ -59,10 +59,9 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
         keep(self, sequence, length, found)
 
     monkeypatch.setattr(PredictedDrafter, "keep", noted)
-    for kind in (cuda_runner.CudaRunner, runner.ModelRunner):
-        monkeypatch.setattr(kind, "row_cost", RowCost(0, 0))
-    for module in (cuda_predicting, predicting):
-        monkeypatch.setattr(module, "predicted_cost", lambda cost, blueprint: cost)
+    monkeypatch.setattr(cuda_runner, "gpu_cost", lambda loaded: RowCost(0, 0))
+    monkeypatch.setattr(runner.ModelRunner, "row_cost", RowCost(0, 0))
+    monkeypatch.setattr(predicting, "predicted_cost", lambda cost, blueprint: cost)
     return drafts
 
 

@@ -18,8 +18,7 @@ from tests.tiny import GEMMA3
 from tests.tiny_predicting import make_copying
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
-from tpctl.engine.runners import cuda_predicting
-from tpctl.engine.runners.cuda import CudaRunner
+from tpctl.engine.runners import cuda
 from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
@@ -93,8 +92,7 @@ def test_every_form_of_keys_and_values_stays_near_float32(form: str, tmp_path: P
 @pytest.fixture
 def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that as much is drafted, and computed, as can be."""
-    monkeypatch.setattr(CudaRunner, "row_cost", RowCost(0, 0))
-    monkeypatch.setattr(cuda_predicting, "predicted_cost", lambda cost, blueprint: cost)
+    monkeypatch.setattr(cuda, "gpu_cost", lambda loaded: RowCost(0, 0))
 
 
 def predicting(name: str, folder: Path, **cut: Any) -> Any:

@@ -24,13 +24,13 @@ from tpctl.engine.runners.cuda_sizes import paged
 from tpctl.engine.runners.cuda_steps import CudaSteps
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.runners.memory_plan import MemoryPlan
+from tpctl.engine.runners.row_cost import gpu_cost
 from tpctl.engine.runners.runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.runners.step_set import StepSet
 from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps
 from tpctl.engine.steps.states import NUMBERS, StepStates, decode_slots, flat
 from tpctl.errors import EngineError
@@ -56,7 +56,6 @@ class CudaLaunched(Launched):
 class CudaRunner(ModelRunner):
     """One rank on one GPU, for the backends that read the paged cache in place."""
 
-    row_cost = RowCost(first=0.2, row=0.01)
     states_apart = True
     steps_kind = CudaSteps
 
@@ -64,6 +63,7 @@ class CudaRunner(ModelRunner):
         self, loaded: LoadedModel, memory: MemoryPlan, compute: CudaCompute, steps: StepMemory, pace: Pace | None
     ) -> None:
         super().__init__(loaded, memory, pace)
+        self.row_cost = gpu_cost(loaded)
         self._paged = paged(loaded)
         self._compute = compute
         self.most_rows = loaded.settings.max_num_seqs

@@ -24,7 +24,6 @@ from tpctl.engine.runners.cuda import LOST_PEER, CudaRunner
 from tpctl.engine.runners.cuda_memory import StepMemory
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.runners.memory_plan import MemoryPlan
-from tpctl.engine.runners.predicting import predicted_cost
 from tpctl.engine.runners.predictor_steps import PredictorSteps, StatefulSteps
 from tpctl.engine.runners.runner import Launched
 from tpctl.engine.sampling.path import SamplingPath
@@ -81,7 +80,6 @@ class CudaPredictingRunner(CudaRunner):
         if self._keyed is not None and self._graphs is not None:
             predictor = self._predictor
             self._passes = PredictorGraphs(self._keyed, self._graphs.sizes, predictor.follow_decode, predictor.draft)
-        self.row_cost = predicted_cost(self.row_cost, loaded.config.blueprint)
         self._drafter = _AwaitedDrafter(self._arrive)
         self.speculation: Speculation = Speculation(
             self._drafter, self.row_cost, self.most_rows, PREDICTED, together=True

@@ -23,15 +23,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tpctl.arch.block import Experts, LayerPart, linears
-from tpctl.arch.blueprint import Blueprint
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.runners.memory_plan import MemoryPlan
+from tpctl.engine.runners.row_cost import predicted_cost
 from tpctl.engine.runners.runner import Launched, ModelRunner
 from tpctl.engine.sampling.sampler import SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.scheduling.speculation import PREDICTED, PredictedDrafter, RowCost, Speculation, verified
+from tpctl.engine.scheduling.speculation import PREDICTED, PredictedDrafter, Speculation, verified
 from tpctl.engine.steps.batch import Run, build_runs
 
 
@@ -155,23 +154,3 @@ def _row(one: _Drafted) -> SamplingRow:
     banned = sequence.stop_token_ids if place - prompt < params.min_tokens else ()
     plain = params if params.logprobs is None else replace(params, logprobs=None)
     return SamplingRow(plain, place, history, prompt, banned)
-
-
-def predicted_cost(cost: RowCost, blueprint: Blueprint) -> RowCost:
-    """What steps of a model with a predictor take, where reading weights is what takes time, in that of a step without
-    rows, which reads what all rows share: a row more reads its own experts, few of which others have chosen; a draft
-    the predictor and the head."""
-    assert blueprint.predictor is not None
-    head = blueprint.vocab_size * blueprint.hidden_size
-    parts = [part for layer in blueprint.layers for part in layer.parts]
-    shared = head + sum(_weights(part)[0] for part in parts)
-    chosen = sum(_weights(part)[1] for part in parts)
-    draft = head + sum(sum(_weights(part)) for *_, part in blueprint.predictor.placed())
-    return cost._replace(row=cost.row + chosen / shared, draft=draft / shared)
-
-
-def _weights(part: LayerPart) -> tuple[int, int]:
-    """Those of linears that all tokens meet, and those of the experts that one has chosen."""
-    chosen = part.per_token if isinstance(part, Experts) else 0
-    sizes = [(one.outputs * one.inputs, one.stack is not None) for one in linears(part)]
-    return sum(size for size, stacked in sizes if not stacked), sum(size for size, stacked in sizes if stacked) * chosen

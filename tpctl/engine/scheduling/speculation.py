@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
+from math import exp2
 from typing import NamedTuple, Protocol
 
 from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
@@ -31,6 +32,8 @@ MOST_DRAFTS = 12
 """Drafts of a sequence in a step."""
 _WEIGHT = 1 / 8
 """Of the newest draft in the share of those that held."""
+_OF_ALL = 1 / 64
+"""The same in the share of all sequences, which a new one begins with."""
 _FIRST = (0.0, 0.0, 0.35, 0.45, 0.55, 0.65, 0.7, 0.75, 0.85)
 """What that share is taken for at first, by the length of the match."""
 
@@ -44,15 +47,17 @@ _EACH = 8
 
 
 class RowCost(NamedTuple):
-    """What a step takes, in the time of one without any rows: ``row`` for each row, and ``first`` more for a sequence
-    that has drafts, which are computed as a chunk of a prompt is; ``draft`` for each draft that a predictor makes."""
+    """What a step takes, in the time of one without any rows: ``row`` for each row, and up to ``few`` more where there
+    are several, half of it from the third; ``first`` more for a sequence that has drafts, which are computed as a chunk
+    of a prompt is, or for a step that has; ``draft`` for each draft that a predictor makes."""
 
     first: float
     row: float
     draft: float = 0.0
+    few: float = 0.0
 
     def time(self, rows: int, drafts: bool) -> float:
-        return 1 + self.row * rows + self.first * drafts
+        return 1 + self.row * rows + self.few * (1 - exp2((1 - rows) / 2)) + self.first * drafts
 
 
 class Drafter(Protocol):
@@ -111,7 +116,8 @@ class Speculation:
     Args:
         cost: what a step takes.
         most_rows: of a step that are sampled; ``None``: any number.
-        shares: what the shares of drafts that held are taken for at first.
+        shares: what the shares of drafts that held are taken for at first; later sequences begin with those of the
+            sequences before them.
         together: ``RowCost.first`` and ``draft`` are those of a step, whose sequences all have drafts, and not of each.
 
     Attributes:
@@ -130,7 +136,7 @@ class Speculation:
     ) -> None:
         self._drafter, self._together = drafter, together
         self.most_rows = most_rows
-        self._cost, self._shares = cost, shares
+        self._cost, self._shares = cost, list(shares)
         predicts = isinstance(drafter, PredictedDrafter)
         self.kind, self.ahead = ("mtp", MOST_PREDICTED - 1) if predicts else ("ngram", 0)
         self._pasts: dict[str, _Past] = {}
@@ -158,21 +164,17 @@ class Speculation:
         past.proposed = match = self._drafter.propose(sequence, MOST_DRAFTS)
         if match is None:
             return None, 0
-        return match, self._best(_chances(past.shares, match), self._cost, rows, most)
+        drafting = rows if self._together else 1
+        return match, best_count(_chances(past.shares, match), self._cost, rows, most, drafting)
 
     def wanted(self, sequence: Sequence, length: int, rows: int) -> int:
         """How many tokens a predictor should draft behind the first ``length`` of a sequence, in steps of so many
         ``rows`` without drafts: those that would be worth their pass and their row, and now and then one more."""
-        first, row, draft = self._cost
-        cost = RowCost(first, row + (draft / rows if self._together else draft))
-        count = self._best(self._past(sequence).shares[:MOST_PREDICTED], cost, rows, MOST_PREDICTED)
+        shares = self._past(sequence).shares[:MOST_PREDICTED]
+        count = best_count(
+            shares, self._cost, rows, MOST_PREDICTED, rows if self._together else 1, draft=self._cost.draft
+        )
         return min(count + (length % _EACH == 0), MOST_PREDICTED)
-
-    def _best(self, chances: SequenceType[float], cost: RowCost, rows: int, most: int) -> int:
-        """As ``best_count``; where all draft together, what a row of each of them takes and gives."""
-        if self._together:
-            cost, rows = cost._replace(row=cost.row * rows), 1
-        return best_count(chances, cost, rows, most)
 
     def _past(self, sequence: Sequence) -> _Past:
         return self._pasts.setdefault(sequence.id, _Past(list(self._shares)))
@@ -187,7 +189,8 @@ class Speculation:
         match, past.proposed = past.proposed, None
         for place, (draft, token) in enumerate(zip(match.tokens, came, strict=False)):
             at = min(match.length + place, MOST_COMPARED)
-            past.shares[at] += _WEIGHT * ((draft == token) - past.shares[at])
+            for shares, weight in ((past.shares, _WEIGHT), (self._shares, _OF_ALL)):
+                shares[at] += weight * ((draft == token) - shares[at])
             if draft != token:
                 return
 
@@ -206,19 +209,23 @@ def verified(drafts: SequenceType[int], sampled: SequenceType[int]) -> SequenceT
     return sampled[:count]
 
 
-def best_count(chances: SequenceType[float], cost: RowCost, rows: int, most: int) -> int:
+def best_count(
+    chances: SequenceType[float], cost: RowCost, rows: int, most: int, drafting: int = 1, draft: float = 0.0
+) -> int:
     """How many drafts of a sequence, at most ``most``, give the step the most tokens for its time.
 
     Args:
         chances: that each draft holds if those before it do.
         rows: of the step without drafts, each of which gives one token.
+        drafting: sequences that have as many drafts, and the same chances.
+        draft: what it takes to make one of each of them.
     """
     best, best_rate = 0, rows / cost.time(rows, False)
     tokens, reached = float(rows), 1.0
     for count, chance in enumerate(chances[:most], 1):
         reached *= chance
-        tokens += reached
-        rate = tokens / cost.time(rows + count, True)
+        tokens += reached * drafting
+        rate = tokens / (cost.time(rows + count * drafting, True) + draft * count)
         if rate > best_rate:
             best, best_rate = count, rate
     return best
