@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,7 @@ class Running:
     """A server in a thread.
 
     Attributes:
+        notes: what it told whoever runs it.
         failed: why it ended, if not as it was told to.
     """
 
@@ -40,7 +42,7 @@ class Running:
         self.sock = listen("127.0.0.1", 0)
         self.address = self.sock.getsockname()
         self.url = url_of(self.sock)
-        self._ready = threading.Event()
+        self._begun: Future[None] = Future()  # done when requests are taken, or when that will not be
         self._settings = ServeSettings(("demo",), {"temperature": 1.0}, **settings)
         self._tokenizer = tokenizer
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -53,11 +55,17 @@ class Running:
 
         patch.setattr(run_module, "Server", made)
         self.thread.start()
-        assert self._ready.wait(PATIENCE)
+        self._begun.result(PATIENCE)
 
     def end(self) -> None:
         assert self.server is not None
         self.loop.call_soon_threadsafe(self.server.end)
+
+    def heard(self) -> list[str]:
+        """What it told since this was asked before; waits until it has ended."""
+        self.thread.join(PATIENCE)
+        told, self.notes[:] = list(self.notes), []
+        return told
 
     def connect(self, room: int | None = None) -> socket.socket:
         """A connection; ``room``: bytes that the system keeps of what is not read."""
@@ -83,16 +91,32 @@ class Running:
                 self.sock,
                 self._settings,
                 at_once=8,
-                ready=lambda info: self._ready.set(),
+                ready=lambda info: self._begun.set_result(None),
                 note=self.notes.append,
             )
         except TpctlError as error:
             self.failed = error
+            self._never(error)
+        except BaseException as error:
+            if not self._never(error):
+                raise
+        else:
+            self._never(RuntimeError("the server ended before it took requests"))
+
+    def _never(self, reason: BaseException) -> bool:
+        """Have ``start`` raise it, unless it has returned."""
+        if before := not self._begun.done():
+            self._begun.set_exception(reason)
+        return before
 
 
 @contextmanager
 def running(tokenizer: Tokenizer, engine: FakeEngine, **settings: Any) -> Iterator[Running]:
-    """A server that is ended afterwards, if it has not been, and had nothing to complain of."""
+    """A server that is ended afterwards, if it has not been, and told nothing but what was ``heard``.
+
+    Raises:
+        Exception: what it failed at before it took requests.
+    """
     found = Running(tokenizer, engine, settings)
     with pytest.MonkeyPatch.context() as patch:
         found.start(patch)

@@ -18,7 +18,6 @@ from tpctl.batch.formats.parquet_sink import ParquetSink
 from tpctl.cli import places
 from tpctl.cli.app import app
 from tpctl.cli.batch_report import end_if_finished
-from tpctl.cli.console import note
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
 from tpctl.client.results import Results, partial_of
@@ -68,7 +67,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pytest.raises(
                 OutputError, match=r"^full; 1 finished row is in .*out\.jsonl\.partial, go on with --resume$"
             ),
-            remains(results, note),
+            remains(results),
         ):
             raise OutputError("full")
 

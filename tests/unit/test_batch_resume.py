@@ -18,7 +18,6 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.batch.formats.jsonl import JsonlReader, JsonlSource
 from tpctl.cli import batch as cli_batch
-from tpctl.cli.console import note
 from tpctl.client.batch import Batch
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.results import Results
@@ -136,16 +135,16 @@ def test_rows_of_another_input_are_not_dropped(tmp_path: Path, capsys: pytest.Ca
     assert out.with_name("out.jsonl.partial").exists()
 
 
-def test_a_stop_says_where_the_rows_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_says_where_the_rows_are(tmp_path: Path) -> None:
     kept = r"1 finished row is in .*out\.jsonl\.partial, go on with --resume"
     with Results(tmp_path / "out.jsonl", {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-        with pytest.raises(KeyboardInterrupt, match=kept), remains(results, note):
+        with pytest.raises(KeyboardInterrupt, match=kept), remains(results):
             raise KeyboardInterrupt
-        with pytest.raises(SystemExit) as stopped, remains(results, note):
+        with pytest.raises(SystemExit) as stopped, remains(results):
             raise SystemExit(143)
         assert stopped.value.code == 143
-        assert re.fullmatch(f"tpctl: stopped; {kept}\n", capsys.readouterr().err)
+        assert re.fullmatch(kept, *stopped.value.__notes__)
 
 
 def test_a_resumed_run_names_the_options_that_differ(tmp_path: Path) -> None:

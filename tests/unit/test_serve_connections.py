@@ -1,4 +1,4 @@
-"""A server at a real socket: clients that hang up, read slowly or send half of something, and an end in order."""
+"""A server at a real socket: clients that hang up, read slowly or send half of something."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ import gc
 import json
 import os
 import random
-import signal
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from typer.testing import CliRunner
 
 from tests.processes import threads, wakeups
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
-from tests.unit.running import BODY, LONG, PATIENCE, Running, everything, running, talkative, unchunked, until
-from tpctl.cli import serve as cli
-from tpctl.cli.app import app
+from tests.unit.running import BODY, LONG, PATIENCE, everything, running, talkative, unchunked, until
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import run as run_module
 from tpctl.serve import server as server_module
 from tpctl.serve.app import App
-from tpctl.serve.run import ServeSettings, serve
-from tpctl.serve.sockets import listen
 from tpctl.serve.straight import Straight
-from tpctl.wire.settings import EngineConfig
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +49,6 @@ def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream
         sock.close()
         until(lambda: not engine.open)
         engine.gate.set()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("before", [True, False])
-def test_a_signal_while_engines_start_ends_it(tokenizer: Tokenizer, number: signal.Signals, before: bool) -> None:
-    """Before there was a loop to take it, its exception lost somewhere on the way, or while they load."""
-    settings = ServeSettings(("demo",), {"temperature": 1.0})
-    engine, sock = FakeEngine(tokenizer, say=lambda *_: "abc"), listen("127.0.0.1", 0)
-    engine.ready.clear()
-
-    def signalled() -> int | None:
-        if not before:
-            asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
-        return number if before else None
-
-    early = serve([engine], tokenizer, sock, settings, at_once=8, ready=print, note=print, signalled=signalled)
-    assert early == number and not engine.open and engine.closed
-
-
-@pytest.mark.parametrize(("early", "code"), [(None, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_never_served_says_so(
-    monkeypatch: pytest.MonkeyPatch, early: signal.Signals | None, code: int
-) -> None:
-    monkeypatch.setattr(cli, "_configured", lambda *_: EngineConfig(Path("model"), 1))
-    monkeypatch.setattr(cli, "_started", lambda *_: [])
-    monkeypatch.setattr(cli, "_settings", lambda *_: None)
-    monkeypatch.setattr("tpctl.cli.template.TemplateAtHand.tokenizer", lambda *_: None)
-    monkeypatch.setattr(run_module, "serve", lambda *_, **__: early)
-    result = CliRunner().invoke(app, ["serve", "model", "--port", "0"])
-    assert result.exit_code == code
-    assert result.stderr == ("" if early is None else "tpctl: interrupted before model was ready\n")
 
 
 def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -> None:
@@ -232,66 +193,6 @@ def test_what_is_no_http_is_refused(tokenizer: Tokenizer, raw: bytes, capfd: pyt
     assert capfd.readouterr().err == ""
 
 
-def test_an_end_in_order_lets_requests_end(tokenizer: Tokenizer) -> None:
-    engine = FakeEngine(tokenizer)
-    with running(tokenizer, engine, drain=PATIENCE) as server:
-        engine.gate.clear()
-        sock = server.ask("/v1/completions", {"prompt": "ab", "stream": True})
-        until(lambda: len(engine.open) == 1)
-        server.end()
-        until(lambda: _health(server) == (503, {"status": "ending"}))  # which whoever sends requests here looks at
-        refused = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "ab"})
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "ending"
-        assert refused.headers["retry-after"] == "5" and len(engine.open) == 1
-        engine.gate.set()
-        assert everything(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        until(lambda: _refused(server))
-        server.thread.join(PATIENCE)
-    assert server.failed is None
-
-
-@pytest.mark.parametrize("again", [True, False])
-def test_an_end_does_not_wait_for_ever(tokenizer: Tokenizer, again: bool) -> None:
-    engine = talkative(tokenizer)
-    with running(tokenizer, engine, drain=PATIENCE if again else 0.2) as server:
-        sock = server.ask("/v1/completions", BODY)
-        until(lambda: len(engine.open) == 1)
-        sock.recv(1)
-        server.end()
-        if again:
-            server.end()
-        answer = everything(sock)
-        assert b'{"error":{"message":"the server has ended before this answer did","type":"server_error"' in answer
-        assert b"[DONE]" not in answer
-        server.thread.join(PATIENCE)
-    assert server.failed is None
-
-
-def test_a_client_that_reads_nothing_does_not_hold_up_the_end(tokenizer: Tokenizer) -> None:
-    engine = talkative(tokenizer)
-    with running(tokenizer, engine, drain=0.2) as server:
-        sock = server.ask("/v1/completions", {**BODY, "n": 8}, room=4096)
-        until(lambda: len(engine.requests) == 8 and not engine.open)
-        server.end()
-        server.thread.join(PATIENCE)
-        assert not server.thread.is_alive()
-        sock.close()
-
-
-def test_an_engine_that_ends_takes_the_server_with_it(tokenizer: Tokenizer) -> None:
-    engine = talkative(tokenizer)
-    with running(tokenizer, engine) as server:
-        stream = server.ask("/v1/completions", BODY)
-        until(lambda: len(engine.open) == 1)
-        stream.recv(1)
-        engine.die("rank 0 was killed (SIGKILL)")
-        engine.open.clear()
-        said = b"the engine has ended: rank 0 was killed (SIGKILL)"
-        assert said in everything(stream)
-        server.thread.join(PATIENCE)
-    assert str(server.failed) == "rank 0 was killed (SIGKILL)"
-
-
 def test_an_idle_server_does_nothing(tokenizer: Tokenizer) -> None:
     others = threads(os.getpid())  # this one, and what tests before have left
     with running(tokenizer, FakeEngine(tokenizer)) as server:
@@ -299,16 +200,3 @@ def test_an_idle_server_does_nothing(tokenizer: Tokenizer) -> None:
         before = wakeups(os.getpid(), others)
         time.sleep(2)
         assert before and wakeups(os.getpid(), others) - before <= 4
-
-
-def _health(server: Running) -> tuple[int, Any]:
-    answer = httpx2.get(f"{server.url}/health")
-    return answer.status_code, answer.json()
-
-
-def _refused(server: Running) -> bool:
-    try:
-        server.connect().close()
-    except ConnectionRefusedError:
-        return True
-    return False

@@ -7,7 +7,7 @@ Command modules import only the standard library, Typer and torch-free parts of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from tpctl.cli.arguments import USAGE_ERROR, CheckedCommand
-from tpctl.cli.signals import take_signals
+from tpctl.cli.signals import end_if_told, is_end, take_signals
 from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
 from tpctl.version import __version__
@@ -132,6 +132,7 @@ def main() -> None:
 
 
 def _command() -> None:
+    end_if_told()
     # Not app(): it takes the errors of a closed pipe for itself, and ends with another code.
     command = typer.main.get_command(app)
     with command.make_context("tpctl", sys.argv[1:]) as context:
@@ -145,6 +146,8 @@ def _run(work: Callable[[], None]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except SystemExit as error:
+        if is_end(error):
+            _interrupted(getattr(error, "__notes__", ()))
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except USAGE_ERROR as error:
         text = error.format_message()
@@ -162,7 +165,7 @@ def _run(work: Callable[[], None]) -> int:
         _say(shorten(f"tpctl: {error}", LONGEST))
         return error.exit_code
     except KeyboardInterrupt as error:
-        _say("; ".join(["tpctl: interrupted", *map(str, error.args)]))
+        _interrupted(error.args)
         return 130
     except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
         settle_stdout()  # which may be what failed
@@ -172,6 +175,11 @@ def _run(work: Callable[[], None]) -> int:
         _say(f"tpctl: {error.filename or 'input or output failed'}: {what}")
         return 1
     return 0
+
+
+def _interrupted(left: Iterable[object]) -> None:
+    """``left``: what became of the work."""
+    _say("; ".join(["tpctl: interrupted", *map(str, left)]))
 
 
 def _say(text: str) -> None:

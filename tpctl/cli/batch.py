@@ -135,7 +135,7 @@ def batch(
         look = partial(look_ahead, at_hand, needed=needed)
         config = prepare(model, engine, policy, look, nodes=nodes)
         emit = _emitter(results, out)
-        with remains(results, note), EngineClient(config, nodes=nodes) as client:
+        with remains(results), EngineClient(config, nodes=nodes) as client:
             say_nodes(config, nodes)
             tokenizer = at_hand.tokenizer(config.text_dir)
             info = _wait_ready(client, model, scheduling_policy, silent=silent)
@@ -155,7 +155,7 @@ def batch(
                     should_stop=lambda: noted,
                 )
             stats = None if tally.interrupted else client.stats()
-        with remains(results, note):
+        with remains(results):
             emit(True)
             if target is not None and not tally.interrupted:
                 results.publish(tally.lines)

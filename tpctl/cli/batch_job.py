@@ -252,13 +252,16 @@ def _run(
 
 @contextmanager
 def _remains(folder: JobFolder, board: Board) -> Iterator[None]:
-    """Adds to an error what became of the rows that were finished before it."""
+    """Adds to an error what became of the rows that were finished before it; to a ``SystemExit``, as a note."""
     try:
         yield
-    except (EngineError, OutputError, SourceError, KeyboardInterrupt) as error:
+    except (EngineError, OutputError, SourceError, KeyboardInterrupt, SystemExit) as error:
         if not board.sums.rows or not folder.job.is_dir():
             raise
         kept = f"parts with {counted(board.sums.rows, 'row')} are in {folder.root}, go on with --resume"
+        if isinstance(error, SystemExit):
+            error.add_note(kept)
+            raise
         if isinstance(error, KeyboardInterrupt):  # the second one
             raise KeyboardInterrupt(kept) from None
         raise type(error)(f"{error}; {kept}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,12 +40,8 @@ def check_kept(results: Results, lines: Iterable[Line], shown: str) -> str | Non
 
 
 @contextmanager
-def remains(results: Results, say: Callable[[str], None]) -> Iterator[None]:
-    """Adds to an error what became of the rows that were finished before it.
-
-    Args:
-        say: is told where there is no message to add it to: a signal ends the command with its exit code alone.
-    """
+def remains(results: Results) -> Iterator[None]:
+    """Adds to an error what became of the rows that were finished before it; to a ``SystemExit``, as a note."""
     try:
         yield
     except (EngineError, OutputError, SourceError, KeyboardInterrupt, SystemExit) as error:
@@ -54,7 +50,7 @@ def remains(results: Results, say: Callable[[str], None]) -> Iterator[None]:
         rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
         kept = f"{rows} in {results.partial}, go on with --resume"
         if isinstance(error, SystemExit):
-            say(f"tpctl: stopped; {kept}")
+            error.add_note(kept)
             raise
         if isinstance(error, KeyboardInterrupt):  # the second one
             raise KeyboardInterrupt(kept) from None

@@ -20,7 +20,9 @@ JSON = [(b"content-type", b"application/json")]
 
 
 class Writer(Protocol):
-    """What an endpoint says."""
+    """What an endpoint says. ``id``: what the answer is called."""
+
+    id: str
 
     def begin(self) -> bytes:
         """What comes before all else."""
@@ -57,6 +59,16 @@ class Answered:
         self._writer = writer
         self._run = run
         self._stream = generation.interval > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the engine has no more to say of it."""
+        return self._generation.done
+
+    @property
+    def described(self) -> str:
+        """Which one it is, and how far."""
+        return f"{self._writer.id} after {self._generation.num_tokens} tokens"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))

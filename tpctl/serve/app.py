@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Any
 
@@ -26,6 +24,7 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
 from tpctl.serve.openapi import description
 from tpctl.serve.page import Page
+from tpctl.serve.work import UnderWay
 
 OPEN = frozenset({"/", "/health", "/openapi.json"})
 """Paths that need no key."""
@@ -37,7 +36,11 @@ Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
 
 
 class App:
-    """An ASGI application. Everything but ``OPEN`` needs the key, where there is one."""
+    """An ASGI application. Everything but ``OPEN`` needs the key, where there is one.
+
+    Attributes:
+        under_way: requests whose bodies are being answered.
+    """
 
     def __init__(
         self,
@@ -62,8 +65,7 @@ class App:
         self._body_seconds = body_seconds
         self._note = note
         self._date = (0, b"")
-        self._at_work = 0  # bodies that are being answered
-        self._answered = asyncio.Event()
+        self.under_way = UnderWay()
         posts: dict[str, Post] = {
             "/v1/chat/completions": endpoints.chat,
             "/v1/completions": endpoints.complete,
@@ -112,22 +114,6 @@ class App:
                 self.failed(error, scope)
         path = scope["path"]
         self._endpoints.pool.metrics.answered(path if path in self._paths else "other", status, since)
-
-    async def finish(self) -> None:
-        """Wait until no body is being answered."""
-        while self._at_work:
-            self._answered.clear()
-            await self._answered.wait()
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While a body is being answered."""
-        self._at_work += 1
-        try:
-            yield
-        finally:
-            self._at_work -= 1
-            self._answered.set()
 
     def _post(self, endpoint: Post) -> ASGIApp:
         return _Post(self, endpoint)
@@ -193,10 +179,11 @@ class _Post:
         since = time.monotonic()
         with Share(self._app.room) as share:
             body = await self._app.read(scope, receive, share)
-            with self._app.at_work():
+            with self._app.under_way.at_work(scope["path"]) as work:
                 answer = await self._endpoint(body, since)
                 del body
-                share.keep(answer.kept if isinstance(answer, Answered) else 0)
+                work.answer = answer if isinstance(answer, Answered) else None
+                share.keep(0 if work.answer is None else work.answer.kept)
                 await answer(scope, receive, send)
 
 

@@ -60,6 +60,7 @@ class ResponseWriter:
         self, model: str, asked: ResponseAsked, job: Job, generation: Generation, tokenizer: Tokenizer
     ) -> None:
         self._id = secrets.token_hex(24)
+        self.id = f"resp_{self._id}"
         self._created = int(time.time())
         self._model = model
         self._repeated = asked.said
@@ -152,7 +153,7 @@ class ResponseWriter:
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         said, sampling = self._repeated, self._job.sampling[0]
         return {
-            "id": f"resp_{self._id}",
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

@@ -64,7 +64,8 @@ def serve(
         sock: is bound; it is closed at the end.
         at_once: requests that the engines compute together.
         ready: is called when requests are taken.
-        note: is told of what should not have happened, and of what takes engines long to start.
+        note: is told of what should not have happened, of what takes engines long to start, and of what an end waits
+            for and cuts off.
         signalled: the number of a signal that came before this could take any.
 
     Returns:
@@ -113,7 +114,7 @@ async def _serve(
     with Threads() as threads:
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
-        server = Server(app, pool, settings.drain, signalled)
+        server = Server(app, pool, settings.drain, note, signalled)
         servers.append(server)
         starting = asyncio.create_task(_tell(pool, ready, note))
         try:

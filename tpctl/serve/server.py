@@ -18,6 +18,7 @@ from tpctl.serve.app import App
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
 from tpctl.serve.straight import STATE
+from tpctl.serve.work import Work, named
 
 HEAD_SECONDS = 30.0
 """In which the head of a request has to arrive, and between two requests of a connection."""
@@ -35,8 +36,16 @@ class Server(uvicorn.Server):
         early: the first signal, if it came before the engines were ready.
     """
 
-    def __init__(self, app: App, pool: Pool, drain: float, signalled: Callable[[], int | None] = lambda: None) -> None:
-        """``signalled``: the number of a signal that came before this could take any."""
+    def __init__(
+        self,
+        app: App,
+        pool: Pool,
+        drain: float,
+        note: Callable[[str], object],
+        signalled: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """``note``: is told what an end waits for, and what it cuts off; ``signalled``: the number of a signal that
+        came before this could take any."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -57,7 +66,10 @@ class Server(uvicorn.Server):
         self._app = app
         self._pool = pool
         self._drain = drain
+        self._note = note
         self._ending = asyncio.Event()
+        self._given_up = False
+        self._unread: list[Work] = []  # answers that only their readers are waited for
         self._abandoned = asyncio.Event()
         self._signals = 0
         self._signalled = signalled
@@ -70,7 +82,7 @@ class Server(uvicorn.Server):
         whoever looks at /health that this ends. Only then nobody can connect any more.
         """
         await self._ending.wait()
-        either = [asyncio.create_task(self._app.finish()), asyncio.create_task(self._abandoned.wait())]
+        either = [asyncio.create_task(self._app.under_way.finish()), asyncio.create_task(self._abandoned.wait())]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         for task in either:
             task.cancel()
@@ -99,6 +111,11 @@ class Server(uvicorn.Server):
             self._give_up()
             return
         self._pool.closing = ApiError(503, "the server is ending", code="ending", retry_after=5)
+        if count := len(self._app.under_way):
+            many, them = ("1 request is", "it") if count == 1 else (f"{count} requests are", "them")
+            self._note(
+                f"tpctl serve: {many} under way, with {self._drain:g} s to end; a second signal ends {them} at once"
+            )
         self._ending.set()
         asyncio.get_running_loop().call_later(self._drain, self._give_up)
 
@@ -108,16 +125,28 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(min(self._drain, 5.0), self._give_up)
 
     def _give_up(self) -> None:
+        if self._given_up:
+            return
+        self._given_up = True
+        if cut := [work for work in self._app.under_way if not work.complete]:
+            self._note(f"tpctl serve: {_answers(len(cut))} cut off: {named(cut)}")
+        self._unread = [work for work in self._app.under_way if work.complete]
         self._pool.give_up(ApiError(503, "the server has ended before this answer did", code="ended"))
         asyncio.get_running_loop().call_later(1.0, self._abandon)
 
     def _abandon(self) -> None:
         """End connections that read nothing of what they are told."""
+        if left := [work for work in self._app.under_way if work in self._unread]:
+            self._note(f"tpctl serve: {_answers(len(left))} not read to the end: {named(left)}")
         self.force_exit = True
         self._abandoned.set()
         for connection in list(self.server_state.connections):
             if (transport := getattr(connection, "transport", None)) is not None:
                 transport.abort()
+
+
+def _answers(count: int) -> str:
+    return "1 answer was" if count == 1 else f"{count} answers were"
 
 
 def _protocol() -> type[asyncio.Protocol]:

@@ -51,7 +51,8 @@ class ChunkWriter(ABC):
         self._told = jobs[0].sampling[0].prompt_logprobs  # likeliest tokens beside each of the prompt's
         self._texts: dict[int, TokenTexts] = {}
         kind, name = ("chatcmpl", "chat.completion.chunk") if self.chat else ("cmpl", "text_completion")
-        opened = {"id": f"{kind}-{self._id}", "object": name, "created": self._created, "model": model}
+        self.id = f"{kind}-{self._id}"
+        opened = {"id": self.id, "object": name, "created": self._created, "model": model}
         self._head = b"data: " + encode(opened)[:-1] + b',"choices":['
         self._heads = [self._head + b'{"index":%d,' % at for at in range(len(self._streams))]
         self._tail = b',"logprobs":null,"finish_reason":null}' + self._closed()

@@ -1,0 +1,79 @@
+"""Requests that are being answered: how many, and which of them an end cuts off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+MOST_NAMED = 8
+"""Answers that a line names."""
+
+
+class Growing(Protocol):
+    """An answer of an engine's.
+
+    ``complete``: the engine has no more to say of it. ``described``: which one it is, and how far, in a few words.
+    """
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def described(self) -> str: ...
+
+
+@dataclass(eq=False)
+class Work:
+    """A request to ``path`` whose body has been read; ``answer``: what comes of it, once an engine is at it."""
+
+    path: str
+    answer: Growing | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether only its reader is waited for."""
+        return self.answer is not None and self.answer.complete
+
+    def __str__(self) -> str:
+        return self.path if self.answer is None else f"{self.path} {self.answer.described}"
+
+
+class UnderWay:
+    """All of them. To be used on the event loop alone."""
+
+    def __init__(self) -> None:
+        self._open: dict[Work, None] = {}  # in the order in which they came
+        self._one_less = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter(list(self._open))
+
+    @contextmanager
+    def at_work(self, path: str) -> Iterator[Work]:
+        """While a body that was sent to ``path`` is being answered."""
+        work = Work(path)
+        self._open[work] = None
+        try:
+            yield work
+        finally:
+            del self._open[work]
+            self._one_less.set()
+
+    async def finish(self) -> None:
+        """Wait until there are none."""
+        while self._open:
+            self._one_less.clear()
+            await self._one_less.wait()
+
+
+def named(works: Collection[Work]) -> str:
+    """Which they are, for a line of the log."""
+    each = list(map(str, works))
+    more = [f"and {len(each) - MOST_NAMED} more"] if len(each) > MOST_NAMED else []
+    return ", ".join([*each[:MOST_NAMED], *more])
