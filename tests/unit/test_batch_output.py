@@ -113,6 +113,22 @@ ROWS = [
     {"id": 1, "text": "A", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1},
     {"id": "b", "text": "B", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1},
 ]
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+@pytest.mark.parametrize("output", ["rows.jsonl", "-"])
+def test_a_file_without_prompts_needs_no_model(
+    text: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text(text)
+    result = tpctl("batch", "in.jsonl", "-o", output, "--model", "no/where")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "in.jsonl holds no prompts, so no model is loaded\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"] + ["rows.jsonl"] * (output != "-")
+    assert output == "-" or Path(output).read_bytes() == b""
+
+
 FAILED = {"id": "b", "error": "line 3: the prompt is empty"}
 
 

@@ -128,6 +128,12 @@ def batch(
     ):
         _check_kept(given.reader, results)
         from_a_file = given.reader.again
+        alone = nodes.count == 1  # other hosts would wait for this one's ranks
+        if alone and from_a_file and not given.reader.count(1):
+            note(f"{given.reader.shown} holds no prompts, so no model is loaded")
+            if target is not None:
+                results.publish(0)
+            return
         policy = scheduling_policy or (
             SchedulingPolicy.auto if target is not None and from_a_file else SchedulingPolicy.fcfs
         )
