@@ -190,6 +190,9 @@ def test_files_that_cannot_be_used_are_one_line(tokenizer: Tokenizer, tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="empty is a folder without Parquet files; give a file of prompts"):
         formats_of(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").touch()
+    with pytest.raises(SourceError, match="empty is a model's folder, not a file of prompts; give it with --model"):
+        formats_of(tmp_path / "empty")
     with pytest.raises(SourceError, match=r"no file is called .*none-\*\.parquet"):
         formats_of(tmp_path / "none-*.parquet")
     with pytest.raises(SourceError, match=r"cannot read .*absent\.parquet: No such file or directory"):
@@ -231,6 +234,9 @@ def test_options_that_contradict_are_refused(tmp_path: Path, monkeypatch: pytest
         UsageError, match=r"Parquet needs pyarrow, which is not installed; `pip install 'tpctl\[data\]'`"
     ):
         formats_of(source)
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(SourceError, match="shards is a folder without Parquet files"):
+        formats_of(tmp_path / "shards")
 
 
 class FakeHub(MemoryFileSystem):

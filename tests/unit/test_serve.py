@@ -325,10 +325,14 @@ def test_counters_are_told(tokenizer: Tokenizer) -> None:
         client.post(CHAT, json=chat())
         client.post(CHAT, json={})
         client.get("/nowhere")
+        for name in ("demo", "alias", "of/another", ""):
+            client.get(f"/v1/models/{name}")
         lines = client.get("/metrics").text.splitlines()
         assert 'tpctl_http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in lines
         assert 'tpctl_http_requests_total{path="/v1/chat/completions",status="400"} 1.0' in lines
-        assert 'tpctl_http_requests_total{path="other",status="404"} 1.0' in lines
+        assert 'tpctl_http_requests_total{path="other",status="404"} 2.0' in lines
+        assert 'tpctl_http_requests_total{path="/v1/models/{name}",status="200"} 2.0' in lines
+        assert 'tpctl_http_requests_total{path="/v1/models/{name}",status="404"} 1.0' in lines
         assert f"tpctl_generated_tokens_total {len(ANSWER) + 1}.0" in lines
         assert "tpctl_time_to_first_token_seconds_count 1.0" in lines
         assert f"tpctl_inter_token_seconds_count {len(ANSWER)}.0" in lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,18 @@ def error(response: Any, status: int) -> ErrorObject:
             chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "messages",
             "tpctl takes text only",
+        ),
+        (
+            CHAT,
+            chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a", "colour": 1}]}]),
+            "messages",
+            'message 1 has a part with the field "colour", which the model\'s chat template does not read; leave',
+        ),
+        (
+            "/tokenize",
+            {"messages": [*HELLO, {"role": "user", "content": [{"type": "text", "text": "a", "colour": 1}]}]},
+            "messages",
+            'message 2 has a part with the field "colour"',
         ),
         (CHAT, chat(colour=1), "colour", "unknown field 'colour' in the body of a request to /v1/chat/completions"),
         (CHAT, chat(temperature=9e9), "temperature", "temperature is 9000000000.0, but must be"),
@@ -113,6 +127,18 @@ def error(response: Any, status: int) -> ErrorObject:
         ),
         (TEXT, {"prompt": "a", "stop_token_ids": [1] * 257}, "stop_token_ids", "has 257 tokens, but at most 256 are"),
         (CHAT, chat(logit_bias={"9999": 1}), "logit_bias", "logit_bias holds token 9999, but the model knows ids 0 to"),
+        (
+            CHAT,
+            chat(logit_bias={"5": 101}),
+            "logit_bias",
+            "logit_bias: that of token 5 is 101.0, but must be from",
+        ),
+        (
+            TEXT,
+            {"prompt": "a", "logit_bias": {"5": -1e3}},
+            "logit_bias",
+            "that of token 5 is -1000.0, but must be",
+        ),
         (CHAT, chat(chat_template_kwargs={"colour": 1}), "chat_template_kwargs", "has 'colour', which"),
         (CHAT, chat(logprobs=3), "logprobs", "logprobs is 3, but must be true or false"),
         (TEXT, {"prompt": ""}, "prompt", 'prompt is "", but must be a text or a list of token ids'),
@@ -125,6 +151,14 @@ def error(response: Any, status: int) -> ErrorObject:
         (TEXT, {"prompt": [10**30]}, "prompt", "prompt holds token 1000000000000000000000000000000, but"),
         (TEXT, {"prompt": ["a"] * 3000}, "prompt", "prompt has 3000 prompts, but must have from 1 to 2048"),
         (TEXT, {"prompt": "a", "max_tokens": 0, "min_tokens": 2}, "min_tokens", "min_tokens is set, and max_tokens is"),
+        (TEXT, {"prompt": "a", "max_tokens": -1}, "max_tokens", "max_tokens is -1, but must be at least 0"),
+        (
+            TEXT,
+            {"prompt": "a", "max_completion_tokens": -2},
+            "max_completion_tokens",
+            "max_completion_tokens is -2, but must be at least 0",
+        ),
+        (CHAT, chat(max_tokens=-1), "max_tokens", "max_tokens is -1, but must be at least 1"),
         (TEXT, {"prompt": "a", "max_tokens": False}, "max_tokens", "max_tokens is false"),
         (CHAT, chat(verbosity="low"), "verbosity", 'verbosity is "low", which tpctl cannot do'),
         (CHAT, chat(web_search_options={}), "web_search_options", "which tpctl cannot do"),
@@ -147,7 +181,8 @@ def test_a_body_that_cannot_be_had(tokenizer: Tokenizer, path: str, body: Any, p
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (b"", "the body is not valid JSON"),
+        (b"", "the body is empty, but must be a JSON object"),
+        (b" \r\n", "the body is empty, but must be a JSON object"),
         (b"{", "the body is not valid JSON"),
         (b"[1]", "the body is [1], but must be a JSON object"),
         (b'{"prompt": "\xff"}', "the body is not valid JSON: Invalid UTF-8"),
@@ -161,6 +196,18 @@ def test_bytes_that_are_no_body(tokenizer: Tokenizer, raw: bytes, said: str) -> 
     with served(tokenizer) as (client, server):
         assert said in error(client.post(TEXT, content=raw), 400).message
         assert not server.notes
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP", "identity, deflate"])
+def test_a_packed_body(tokenizer: Tokenizer, encoding: str) -> None:
+    with served(tokenizer) as (client, _):
+        packed = client.post(TEXT, content=gzip.compress(b'{"prompt": "a"}'), headers={"content-encoding": encoding})
+        said = f"the body is packed (Content-Encoding: {encoding}), and this server unpacks none; send it as it is"
+        found = error(packed, 415)
+        assert (found.message, found.code, found.type) == (said, "unsupported_encoding", "invalid_request_error")
+        assert packed.headers["accept-encoding"] == "identity"
+        plain = client.post(TEXT, json={"prompt": "a"}, headers={"content-encoding": "identity"})
+        assert plain.status_code == 200
 
 
 def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
@@ -235,12 +282,19 @@ def test_what_comes_before_the_engine_is_ready(tokenizer: Tokenizer) -> None:
 
 
 def test_a_request_that_the_engine_fails_at(tokenizer: Tokenizer) -> None:
-    with served(tokenizer) as (client, _):
+    """Its client is told, and whoever runs the server."""
+    with served(tokenizer) as (client, server):
         found = error(client.post(TEXT, json={"prompt": "break"}), 500)
         assert (found.type, found.message) == ("server_error", "the scores are not finite")
+        (said,) = server.notes
+        assert re.fullmatch(rf"tpctl serve: {TEXT} cmpl-\w+ after 0 tokens failed: the scores are not finite", said)
         assert error(client.post(TEXT, json={"prompt": "break", "stream": True}), 500).type == "server_error"
         assert error(client.post(TEXT, json={"prompt": ["long enough", "break"]}), 500).type == "server_error"
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
+        assert len(server.notes) == 3
+        lines = client.get("/metrics").text.splitlines()
+        ends = {"stop": 1, "length": 0, "tool_calls": 0, "abort": 1, "error": 3}
+        assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
 
 
 def test_a_form_that_the_model_has_no_text_for_is_the_request_s_fault(tokenizer: Tokenizer) -> None:

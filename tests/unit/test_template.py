@@ -23,6 +23,7 @@ from tpctl.client.template_uses import uses
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError, RequestError, UsageError
 
+TOOLS = "{% for m in messages %}{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}{% endfor %}"
 FIELDS = """{%- for message in messages %}
 {{- '[' + message.role + ']' }}
 {%- if message.reasoning_content is defined %}{{- '(' + message.reasoning_content + ')' }}{% endif %}
@@ -241,6 +242,28 @@ def test_parts_of_a_content(process: TemplateProcess) -> None:
     messages = [user("hi"), {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert compiled(PARTS, process).render(messages) == "hi<a><b>"
     assert compiled(FIELDS, process).render(messages) == "[user]hi[user]a\nb"
+
+
+def test_fields_within_a_message_that_are_not_read_are_refused(process: TemplateProcess) -> None:
+    """Of parts, which templates that take none would lose, and of calls; but for what services keep prompts by."""
+    part, function = {"type": "text", "text": "a"}, {"name": "f", "arguments": "{}"}
+    hints = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}, "lang": None}
+    whole = compiled("{% for m in messages %}{{ m | tojson }}{% endfor %}", process)
+    for template in (compiled(PARTS, process), compiled(FIELDS, process), whole):
+        with pytest.raises(RequestError, match='message 2 has a part with the field "lang", which the model\'s chat'):
+            template.render([user("hi"), {"role": "user", "content": [part, {**part, "lang": "de"}]}])
+        asked = [user("hi"), {"role": "user", "content": [{**part, **hints}]}]
+        assert template.render(asked) == template.render([user("hi"), {"role": "user", "content": [part]}])
+    tools = compiled(TOOLS, process)
+    for call, what in (
+        ({"function": function, "note": 1}, "a call"),
+        ({"function": {**function, "note": 1}}, "a call's function"),
+    ):
+        with pytest.raises(RequestError, match=f'message 1 has {what} with the field "note"'):
+            tools.render([{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", **call}]}])
+        assert '"note"' in whole.render([{"role": "assistant", "tool_calls": [call]}])
+    known = {"id": "1", "type": "function", "index": 0, "function": {**function, "parsed_arguments": None}}
+    assert tools.render([{"role": "assistant", "tool_calls": [known]}]) == "f"
 
 
 def test_variables(process: TemplateProcess) -> None:

@@ -192,6 +192,11 @@ def test_models_without_tools_refuse_them(tmp_path: Path) -> None:
         ({"tools": [3]}, "tool 1 is 3"),
         ({"tools": [{"type": "custom"}]}, 'tool 1 has type "custom"'),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 'tool 1: name is "a b"'),
+        ({"tools": [{**OFFERED[1], "note": 1}]}, 'tool 1: unknown field "note" beside its function'),
+        (
+            {"tools": OFFERED, "tool_choice": {"type": "function", "function": {"name": "now", "note": 1}}},
+            "tool_choice is",
+        ),
         ({"tools": [OFFERED[1], OFFERED[1]]}, 'two functions named "now"'),
         (
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,24 @@ def test_a_missing_copied_file(made: Path) -> None:
             inspect_shards(made / "out", verify=True)
     finally:
         path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-rank-1-part-1.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_to_be_made_again(
+    made: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever the tests are run by."""
+    path, opened = made / "out" / name, Path.open
+
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return opened(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ShardFolderError, match="cannot be read: Permission denied; let this user read it") as caught:
+        inspect_shards(made / "out", verify=True)
+    assert name in str(caught.value) and "again" not in str(caught.value)
 
 
 def test_ranks_that_are_not_here_are_named_and_the_others_verified(made: Path, tmp_path: Path) -> None:

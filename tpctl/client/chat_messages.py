@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _ADDRESSES = ("tool_call_id",)
 """What says which call a result is of. Templates that do not read it go by the order, see ``in_order``."""
+
+_OF_PARTS = ("type", "text")
+_OF_CALLS = ("id", "type", "index", "function")
+_OF_FUNCTIONS = ("name", "arguments", "parsed_arguments")
+_HINTS = ("prompt_cache_breakpoint", "cache_control")
+"""Fields of parts that change no answer: services go by them for what they keep of a prompt."""
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values of a field that say nothing."""
@@ -123,10 +129,33 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
             )
         for name, value in message.items():
             if value not in _NOTHING and not uses.reads(name) and name not in _ADDRESSES:
-                raise RequestError(
-                    f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
-                    "leave it out"
-                )
+                raise _unread(number, "", name)
+        for what, known, fields in _inner(message, whole=uses.whole):
+            for name, value in fields.items():
+                if name not in known and value not in _NOTHING and name not in uses.names:
+                    raise _unread(number, what, name)
+
+
+def _unread(number: int, what: str, name: str) -> RequestError:
+    return RequestError(
+        f"message {number} has {what}the field {shown(name)}, which the model's chat template does not read; leave it "
+        "out"
+    )
+
+
+def _inner(message: Message, *, whole: bool) -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Any]]]:
+    """The objects within a message: how they are called, the fields that are known of them, and those they have.
+
+    Args:
+        whole: the message is shown with all of its fields, but for those of parts, which become one text.
+    """
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        yield "a part with ", (*_OF_PARTS, *_HINTS), part
+    for call in () if whole else _calls_of(message):
+        yield "a call with ", _OF_CALLS, call
+        if isinstance(function := call.get("function"), Mapping):
+            yield "a call's function with ", _OF_FUNCTIONS, function
 
 
 def prepared(
@@ -205,8 +234,9 @@ def _prepared(
         read = {"reasoning_content", "thinking"} | {name for name in REASONING if name in uses.names}
         known, alike = dict.fromkeys(sorted(read, key=REASONING.index), thought), dict.fromkeys(given, thought)
         fields = {**known, **fields, **alike, "reasoning_content": thought}
-    if isinstance(fields.get("content"), list) and not takes_parts():
-        fields["content"] = "\n".join(part["text"] for part in fields["content"])
+    if isinstance(parts := fields.get("content"), list):
+        told = [{name: value for name, value in part.items() if name not in _HINTS} for part in parts]
+        fields["content"] = told if takes_parts() else "\n".join(part["text"] for part in parts)
     if isinstance(thought, str) and isinstance(fields.get("content"), str) and takes_thoughts():
         fields["content"] = thought_parts(thought, fields["content"])
     if fields.get("tool_calls"):

@@ -147,13 +147,9 @@ _FUNCTION = closed(
 TOOLS: Schema = {
     "type": "array",
     "maxItems": MOST_TOOLS,
-    "items": {
-        "type": "object",
-        "properties": {"type": {"const": "function"}, "function": _FUNCTION},
-        "required": ["type", "function"],
-    },
+    "items": closed({"type": {"const": "function"}, "function": _FUNCTION}, "type", "function"),
 }
-_CALLED: Schema = {"type": "object", "properties": {"name": STRING}, "required": ["name"]}
+_CALLED = closed({"name": STRING}, "name")
 _NAMED = closed({"type": {"const": "function"}, "function": _CALLED}, "type", "function")
 TOOL_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]}
 _PART: Schema = {

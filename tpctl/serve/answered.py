@@ -73,7 +73,7 @@ class Answered:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await (self._events(scope, send) if self._stream else self._at_once(send))
+            await (self._events(scope, send) if self._stream else self._at_once(scope, send))
         except Gone:
             pass
         finally:
@@ -85,11 +85,17 @@ class Answered:
             pass
         self._generation.close()
 
-    async def _at_once(self, send: Send) -> None:
+    def _broken(self, error: ApiError, scope: Scope) -> ApiError:
+        """What its client is told, and where an engine failed at it and goes on, whoever runs the server, too."""
+        if error.status == 500 and error.code is None:
+            scope["app"].tell(f"{self.described} failed: {error.message}", scope)
+        return error
+
+    async def _at_once(self, scope: Scope, send: Send) -> None:
         try:
             await self._generation.finish()
         except ApiError as error:
-            return await refused(error, send)
+            return await refused(self._broken(error, scope), send)
         body = await self._run(lambda: encode(self._writer.whole()))
         return await say(200, JSON, body, send)
 
@@ -98,7 +104,7 @@ class Answered:
         try:
             pieces = await self._generation.next()  # what goes wrong before there is anything has a status of its own
         except ApiError as error:
-            return await refused(error, send)
+            return await refused(self._broken(error, scope), send)
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         writer = self._writer
         said = b""
@@ -118,7 +124,7 @@ class Answered:
                 pieces = await self._generation.next(None if to is None else at_once)
             said += await self._made(writer.end)
         except ApiError as error:
-            said += writer.broken(error)
+            said += writer.broken(self._broken(error, scope))
         except Gone:
             raise
         except Exception as error:

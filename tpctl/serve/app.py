@@ -32,6 +32,8 @@ OPEN = frozenset({"/", "/health", "/openapi.json"})
 BODIES = 8
 """Bodies of the greatest length that are kept at a time."""
 
+_MODELS = "/v1/models/"
+
 Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
 
 
@@ -78,7 +80,7 @@ class App:
         routes += [
             Route("/", self._get(lambda request: page), methods=["GET"]),
             Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
-            Route("/v1/models/{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
+            Route(_MODELS + "{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
             Route("/tokenizer_info", self._get(lambda request: endpoints.tokenizer_info()), methods=["GET"]),
             Route("/openapi.json", self._get(lambda request: described), methods=["GET"]),
             Route("/health", self._get(lambda request: endpoints.health()), methods=["GET"]),
@@ -112,8 +114,13 @@ class App:
                 await self._refuse(error, scope, dated)
             else:  # where an answer has begun, its end is the connection's
                 self.failed(error, scope)
-        path = scope["path"]
-        self._endpoints.pool.metrics.answered(path if path in self._paths else "other", status, since)
+        self._endpoints.pool.metrics.answered(self._path(scope["path"]), status, since)
+
+    def _path(self, path: str) -> str:
+        """What a path is counted as: the names of models are anybody's."""
+        if path.startswith(_MODELS) and path != _MODELS:
+            return f"{_MODELS}{{name}}"
+        return path if path in self._paths else "other"
 
     def _post(self, endpoint: Post) -> ASGIApp:
         return _Post(self, endpoint)
@@ -152,6 +159,10 @@ class App:
         elif not isinstance(error, ApiError):
             error = self.failed(error, scope)
         await refused(error, send)
+
+    def tell(self, said: str, scope: Scope) -> None:
+        """Tell whoever runs the server of a request."""
+        self._note(f"tpctl serve: {printable(scope['path'])} {printable(said)}")
 
     def failed(self, error: Exception, scope: Scope) -> ApiError:
         """What a client is told of a bug; where it is, whoever runs the server is."""

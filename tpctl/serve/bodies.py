@@ -96,9 +96,11 @@ async def read_object(
         share: grows by them.
 
     Raises:
-        ApiError: it is too long, too slow, no JSON, of too many values, or no object, or there is no room for it.
+        ApiError: it is packed, too long, too slow, no JSON, of too many values, or no object, or there is no room for
+            it.
         Gone: whoever sent it hung up.
     """
+    _check_encoding(scope)
     try:
         async with asyncio.timeout(seconds):
             raw = await _read(scope, receive, most, share)
@@ -106,6 +108,8 @@ async def read_object(
         raise ApiError(408, f"the body did not arrive within {seconds:.0f} s") from None
     if len(raw) > _SMALL:
         share.decoded(Weight.of(raw).size)
+    if not raw.strip():
+        raise ApiError(400, "the body is empty, but must be a JSON object")
     try:
         body = msgspec.json.decode(raw)
     except msgspec.MsgspecError as error:
@@ -145,6 +149,17 @@ class Heard:
             async with asyncio.timeout(_UNWANTED_SECONDS):
                 while left > 0 and not self._whole:
                     left -= len((await self()).get("body", b""))
+
+
+def _check_encoding(scope: Scope) -> None:
+    """Raise ``ApiError`` for a body that would have to be unpacked first."""
+    said = b", ".join(value for name, value in scope["headers"] if name == b"content-encoding").decode("latin-1")
+    if said and any(one.strip().lower() != "identity" for one in said.split(",")):
+        raise ApiError(
+            415,
+            f"the body is packed (Content-Encoding: {said}), and this server unpacks none; send it as it is",
+            code="unsupported_encoding",
+        )
 
 
 async def _read(scope: Scope, receive: Receive, most: int, share: Share) -> bytes:

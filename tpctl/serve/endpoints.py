@@ -162,10 +162,14 @@ def _scored(wanted: Wanted) -> tuple[Wanted, bool]:
     """What is asked of an engine, and whether that is about prompts alone: no tokens are to follow, but it makes one.
 
     Raises:
-        FieldError: there must be more than none.
+        FieldError: there must be more than none, or there are less.
     """
     fields = dict(wanted.fields)
-    if type(fields.get("max_tokens")) is not int or fields["max_tokens"] != 0:
+    most = fields.get("max_tokens")
+    if type(most) is int and most < 0:
+        name = wanted.names.get("max_tokens", "max_tokens")
+        raise FieldError(f"{name} is {shown(most)}, but must be at least 0", name)
+    if type(most) is not int or most > 0:
         return wanted, False
     if fields.pop("min_tokens", 0):
         raise FieldError("min_tokens is set, and max_tokens is 0; leave one of them out", "min_tokens")

@@ -71,6 +71,8 @@ class ApiError(Exception):
             found.append((b"retry-after", b"%d" % self.retry_after))
         if self.allow is not None:
             found.append((b"allow", self.allow.encode()))
+        if self.status == 415:
+            found.append((b"accept-encoding", b"identity"))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         return found

@@ -144,6 +144,7 @@ class Lane:
                 continue
             if ended:
                 self.open.pop(id, None)
+                self._metrics.ended(generation.streams[at].finish_reason or "error")
                 if output.finish_reason is None:  # a stop text, of which the engine does not know
                     stopped.append(id)
         for generation in touched:

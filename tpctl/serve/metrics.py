@@ -58,6 +58,7 @@ class Metrics:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self._answers: Counter[tuple[str, int]] = Counter()
+        self._ends: Counter[str] = Counter({"stop": 0, "length": 0, "tool_calls": 0, "abort": 0, "error": 0})
         self._first = Histogram(_TTFT)
         self._between = Histogram(_ITL)
         self._whole: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(_WHOLE))
@@ -75,6 +76,10 @@ class Metrics:
             self._between.observe((now - before) / count, count)
         elif before < 0:  # minus the time at which it was asked for
             self._first.observe(now + before)
+
+    def ended(self, finish_reason: str) -> None:
+        """An answer has ended; "abort": nobody wants it any more."""
+        self._ends[finish_reason] += 1
 
     def answered(self, path: str, status: int, since: float) -> None:
         """A request has been answered whole. How long refusals take says nothing of answers."""
@@ -97,12 +102,16 @@ class Metrics:
         answers = CounterMetricFamily("tpctl_http_requests", "Requests answered.", labels=("path", "status"))
         for (path, status), count in sorted(self._answers.items()):
             answers.add_metric((path, str(status)), count)
+        ends = CounterMetricFamily("tpctl_answers", "Answers by how they ended.", labels=("finish_reason",))
+        for reason, count in self._ends.items():
+            ends.add_metric((reason,), count)
         said = "From a request to the end of its answer, of status 200."
         whole = HistogramMetricFamily("tpctl_http_request_seconds", said, labels=("path",))
         for path, histogram in sorted(self._whole.items()):
             histogram.add_to(whole, path)
         return [
             answers,
+            ends,
             GaugeMetricFamily("tpctl_requests_open", "Requests that engines have, waiting ones included.", value=held),
             CounterMetricFamily("tpctl_prompt_tokens", "Tokens of prompts taken in.", value=self.prompt_tokens),
             CounterMetricFamily("tpctl_generated_tokens", "Tokens of answers.", value=self.generated_tokens),

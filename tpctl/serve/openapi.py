@@ -147,6 +147,7 @@ _REFUSALS = {
     "404": "There is no such model.",
     "408": "The body took too long.",
     "413": "The body is too long.",
+    "415": "The body is packed.",
     "429": "Too many requests wait.",
     "500": "The engine failed at this request, or has ended.",
     "503": "The model is being loaded, or the server is ending.",

@@ -220,5 +220,9 @@ class Pool:
     def _release(self, held: Sequence[tuple[Lane, list[str]]]) -> None:
         """Abort what is under way of requests."""
         for lane, ids in held:
-            if left := [id for id in ids if lane.open.pop(id, None) is not None]:
-                lane.abort(left)
+            left = [(id, *found) for id in ids if (found := lane.open.pop(id, None)) is not None]
+            if left:
+                lane.abort([id for id, *_ in left])
+            for _, generation, at in left:
+                if generation.streams[at].finish_reason is None:
+                    self.metrics.ended("abort")

@@ -18,7 +18,7 @@ from tpctl.serve.lane import Engine
 from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import Pool
 from tpctl.serve.server import Server
-from tpctl.serve.sockets import raise_file_limit
+from tpctl.serve.sockets import raise_file_limit, take
 from tpctl.serve.threads import Threads
 from tpctl.wire.report import EngineInfo
 
@@ -72,9 +72,10 @@ def serve(
         The number of the signal, if it came before all engines were ready.
 
     Raises:
-        TpctlError: an engine could not be started, or has ended.
+        TpctlError: an engine could not be started, or has ended; or another server was first at the port.
     """
     raise_file_limit()
+    take(sock)
     before = gc.get_threshold()
     gc.freeze()  # what imports have left is visited by no collection
     gc.set_threshold(_GARBAGE, 20, 20)

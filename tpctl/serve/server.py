@@ -17,6 +17,7 @@ from tpctl.errors import TpctlError
 from tpctl.serve.app import App
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
+from tpctl.serve.sockets import BACKLOG
 from tpctl.serve.straight import STATE
 from tpctl.serve.work import Work, named
 
@@ -60,7 +61,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 timeout_keep_alive=int(HEAD_SECONDS),
                 timeout_graceful_shutdown=None,
-                backlog=2048,
+                backlog=BACKLOG,
             )
         )
         self._app = app

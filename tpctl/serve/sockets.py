@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import socket
 
 from tpctl.errors import UsageError
+
+BACKLOG = 2048
+"""Connections that may wait until they are taken."""
 
 _PROBE_AFTER, _PROBE_EVERY, _PROBES = 60, 15, 4  # seconds, seconds, count: for a client whose host is gone
 
@@ -38,9 +42,34 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        said = error.strerror or str(error)
-        raise UsageError(f"--host {host} --port {port}: {said}; give another --port, or 0 for any") from None
+        raise UsageError(_refusal(host, port, error)) from None
     return sock
+
+
+def take(sock: socket.socket) -> None:
+    """Let others connect: until then several may be bound to one port.
+
+    Raises:
+        UsageError: another server was first.
+    """
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise UsageError(_refusal(host, port, error)) from None
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    """Which of the two cannot be had."""
+    said = error.strerror or str(error)
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"--host {host} --port {port}: {said}; give another --port, or 0 for any"
+        case errno.EACCES | errno.EPERM:
+            return f"--port {port}: {said}; ports below 1024 are mostly root's, give a higher one, or 0 for any"
+        case errno.EADDRNOTAVAIL:
+            return f"--host {host}: {said}; give an address of this host, or 0.0.0.0 for all of them"
+    return f"--host {host} --port {port}: {said}"
 
 
 def url_of(sock: socket.socket) -> str:

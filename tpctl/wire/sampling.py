@@ -86,7 +86,7 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value}, but must be {values.said}")
         for token, bias in self.logit_bias:
             if not BIAS.holds(bias):
-                raise RequestError(f"the logit_bias of token {token} is {bias}, but must be {BIAS.said}")
+                raise RequestError(f"logit_bias: that of token {token} is {bias}, but must be {BIAS.said}")
         if self.min_tokens > (most := self.max_tokens):
             raise RequestError(f"min_tokens is {self.min_tokens}, but must be at most {most}, which is max_tokens")
         if self.guide is not None and self.ignore_eos:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.batch.formats.files import begins_as_parquet, is_several, refuse_model
+from tpctl.batch.formats.files import begins_as_parquet, find, is_several, refuse_model
 from tpctl.batch.formats.jsonl import AnySink, JsonlSink, JsonlSource, KeptSink
 from tpctl.batch.formats.openai import OPENAI, OpenAISink
 from tpctl.batch.formats.parquet import ParquetSource
@@ -111,6 +111,8 @@ def choose(prompts: str, output: str, asked: Asked, model: str) -> FormatSpec | 
     if read == "parquet":
         if prompts == "-":
             raise UsageError("Parquet is read by rows' places; give a file in place of -")
+        if Path(prompts).is_dir():
+            find(prompts)  # what it lacks is said before what is not installed
         folder = output.endswith("/") or (output != "-" and Path(output).is_dir())
         spec = FormatSpec(prompts, "parquet", write or ("parquet" if folder else "jsonl"), asked, model)
     elif prompts == "-" or not Path(prompts).is_file():

@@ -11,6 +11,8 @@ from tpctl.errors import SourceError
 
 HUB = "hf://"
 _PATTERN = "*?["
+_OF_MODELS = ("tpctl.json", "config.json")
+"""Files that folders of shards, and of checkpoints, have."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def find(prompts: str) -> Found:
         root = Path(prompts)
         paths = sorted(str(path) for path in root.rglob("*.parquet") if path.is_file() and not _hidden(path, root))
         if not paths:
+            if any((root / name).exists() for name in _OF_MODELS):
+                raise SourceError(f"{prompts} is a model's folder, not a file of prompts; give it with --model")
             raise SourceError(f"{prompts} is a folder without Parquet files; give a file of prompts")
     elif is_several(prompts):
         paths = sorted(path for path in glob.glob(prompts, recursive=True) if Path(path).is_file())  # noqa: PTH207

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpctl.client.fields import given
 from tpctl.errors import RequestError, shown
 
 MOST_TOOLS = 1024
@@ -108,6 +109,8 @@ def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     if not isinstance(tool, dict) or kind != "function":
         said = f"has type {shown(kind)}" if isinstance(kind, str) else f"is {shown(tool)}"
         raise ToolsError(f'{what} {said}, but must be {{"type": "function", "function": {{…}}}}', "tools")
+    if unknown := given(tool).keys() - {"type", "function"}:
+        raise ToolsError(f"{what}: unknown field {shown(min(unknown))} beside its function", "tools")
     function = tool.get("function")
     if not isinstance(function, dict):
         raise ToolsError(f"{what}: function is {shown(function)}, but must be a JSON object", "tools")
@@ -142,7 +145,8 @@ def _choice(choice: Any, schemas: Mapping[str, Any]) -> tuple[bool, str | None]:
         return choice == "required", None
     name = None
     if isinstance(choice, dict) and choice.keys() == {"type", "function"} and choice["type"] == "function":
-        name = choice["function"].get("name") if isinstance(choice["function"], dict) else None
+        function = choice["function"]
+        name = function["name"] if isinstance(function, dict) and function.keys() == {"name"} else None
     if not isinstance(name, str):
         raise ToolsError(
             f'tool_choice is {shown(choice)}, but must be "none", "auto", "required" or '

@@ -16,6 +16,12 @@ from tpctl.sharding.moving.copied import hash_file
 from tpctl.sharding.moving.layout import Stored, in_shard, whole
 
 AGAIN = "shard the model again, or copy the file again"
+_LET = "let this user read it (`chmod u+r`, `chown`)"
+
+
+def _mend(error: BaseException | None) -> str:
+    """What helps where a file cannot be read: a new one helps nobody who may not read it either."""
+    return _LET if isinstance(error, PermissionError) else AGAIN
 
 
 def open_shards(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> dict[str, tuple[Stored, ...]]:
@@ -68,7 +74,7 @@ def check_copied(folder: Path, manifest: Manifest) -> int:
         try:
             found = hash_file(folder / name, wanted.size)
         except CheckpointError as error:
-            raise ShardFolderError(f"{error}; {AGAIN}") from None
+            raise ShardFolderError(f"{error}; {_mend(error.__context__)}") from None
         if found != wanted:
             raise ShardFolderError(f"{folder / name} was altered after it was copied; {AGAIN}")
         total += found.size
@@ -101,7 +107,7 @@ def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]
             with path.open("rb") as file:
                 raw = file.read(header.size)
         except OSError as error:
-            raise ShardFolderError(f"{path} ({owner}) cannot be read: {error.strerror}; {AGAIN}") from None
+            raise ShardFolderError(f"{path} ({owner}) cannot be read: {error.strerror}; {_mend(error)}") from None
         if raw != header.raw:
             raise ShardFolderError(f"the header of {path} is damaged at {_entry_at(header, raw)} of {owner}; {AGAIN}")
         found.append((header, path))
