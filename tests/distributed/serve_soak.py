@@ -30,7 +30,7 @@ from typing import Any
 
 from tests.distributed.real_forms import shallow
 from tests.distributed.server_process import PATIENCE, ServerProcess
-from tests.distributed.soak_checks import MOST_ROUNDS, Memory, check, check_start, children
+from tests.distributed.soak_checks import MOST_ROUNDS, Memory, check, check_start, children, is_whole
 from tpctl.checkpoint.sources import resolve
 
 SETTINGS = ("--device", "cpu", "--max-model-len", "2048")
@@ -64,13 +64,6 @@ def free(server: ServerProcess) -> None:
             return
         time.sleep(0.2)
     raise SystemExit(f"blocks are held: {found}")
-
-
-def is_whole(raw: bytes, tokens: int) -> bool:
-    """Whether a stream came to its end with all tokens. Not each has a chunk: an end-of-sequence token has no text, nor
-    has a part of a character."""
-    marks = (b"HTTP/1.1 200", b'"finish_reason":"length"', b'"completion_tokens":%d,' % tokens, b"data: [DONE]")
-    return all(mark in raw for mark in marks) and b'"error"' not in raw
 
 
 async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> None:

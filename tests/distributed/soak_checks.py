@@ -28,6 +28,13 @@ def check(right: bool, said: str) -> None:
         raise SystemExit(f"WRONG: {said}")
 
 
+def is_whole(raw: bytes, tokens: int) -> bool:
+    """Whether a stream came to its end with all tokens. Not each has a chunk: an end-of-sequence token has no text, nor
+    has a part of a character."""
+    marks = (b"HTTP/1.1 200", b'"finish_reason":"length"', b'"completion_tokens":%d,' % tokens, b"data: [DONE]")
+    return all(mark in raw for mark in marks) and b'{"error":' not in raw
+
+
 def check_start(pairs: Sequence[tuple[float, float]]) -> str:
     """Seconds to the first token of a server and of ``chat``, taken in turns; what they come to."""
     served, chatted = (median(side) for side in zip(*pairs, strict=True))

@@ -55,7 +55,8 @@ class Running:
 
         patch.setattr(run_module, "Server", made)
         self.thread.start()
-        self._begun.result(PATIENCE)
+        if self.engine.ready.is_set():
+            self._begun.result(PATIENCE)
 
     def end(self) -> None:
         assert self.server is not None
@@ -119,8 +120,12 @@ def running(tokenizer: Tokenizer, engine: FakeEngine, **settings: Any) -> Iterat
     """
     found = Running(tokenizer, engine, settings)
     with pytest.MonkeyPatch.context() as patch:
-        found.start(patch)
-        yield found
+        try:
+            found.start(patch)
+            yield found
+        except BaseException:
+            engine.close()  # else its threads are waited for when all tests have ended
+            raise
         if found.thread.is_alive():
             found.end()
         found.thread.join(PATIENCE)

@@ -188,20 +188,18 @@ def test_errors_are_told_and_the_message_is_kept(page: Tab, tokenizer: Tokenizer
     assert page.value("the('text').value") == "Hello?"
 
 
-LOADING = """window.fetch = ((real) => (path, more) => path === 'health' && window.loading
-    ? Promise.resolve(new Response('{"status": "loading"}', {status: 503})) : real(path, more))(window.fetch);
-window.loading = true; start()"""
-
-
 @pytest.mark.slow
 @in_browser
 def test_a_server_that_is_not_ready_is_waited_for(page: Tab, tokenizer: Tokenizer) -> None:
-    with running(tokenizer, FakeEngine(tokenizer)) as server:
-        opened(page, server)
-        page.value(LOADING)
-        assert page.value("the('wrong').textContent") == "This server takes no messages: loading."
-        page.value("window.loading = false")
-        page.until("the('wrong').textContent === ''")
+    engine = FakeEngine(tokenizer, loading=True)
+    with running(tokenizer, engine) as server:
+        page.complaints.clear()
+        page.open(f"{server.url}/")
+        page.until("the('wrong').textContent === 'This server takes no messages: loading.'")
+        engine.ready.set()
+        page.until("the('wrong').textContent === '' && the('model').value === 'demo'")
+        assert server.notes == ["compiling 113 kernels"]
+        server.notes.clear()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth
+from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth, is_whole
 
 LEAST = 1 + 2 * LOOKS
 LEAK = (0.02 * 150e6 + (4 << 20)) / LOOKS * 1.1
@@ -54,3 +54,13 @@ def test_a_start_that_is_later_than_that_of_chat_is_told() -> None:
     assert check_start([(5.0, 5.1), (9.0, 5.2), (5.6, 5.3)]) == "medians: serve 5.60 s, chat 5.20 s"
     with pytest.raises(SystemExit, match=r"WRONG: medians: serve 5\.80 s, chat 5\.20 s; serve may take 0\.5 s more"):
         check_start([(5.0, 5.1), (9.0, 5.2), (5.8, 5.3)])
+
+
+def test_a_stream_is_whole_by_its_tokens_and_not_by_its_chunks() -> None:
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    said = b'data: {"choices":[{"text":"{\\"error\\": 1}"}]}\n\ndata: {"choices":[{"text":"","finish_reason":"length"}]}\n\n'
+    end = b'data: {"choices":[],"usage":{"completion_tokens":32,"total_tokens":38}}\n\ndata: [DONE]\n\n'
+    whole = head + said + end
+    assert is_whole(whole, 32) and not is_whole(whole, 31)
+    assert not is_whole(head + said + b'data: {"error":{"message":"it broke"}}\n\n' + end, 32)
+    assert not is_whole(head + said, 32) and not is_whole(head + end, 32)
