@@ -58,7 +58,8 @@ def test_a_start_that_is_later_than_that_of_chat_is_told() -> None:
 
 def test_a_stream_is_whole_by_its_tokens_and_not_by_its_chunks() -> None:
     head = b"HTTP/1.1 200 OK\r\n\r\n"
-    said = b'data: {"choices":[{"text":"{\\"error\\": 1}"}]}\n\ndata: {"choices":[{"text":"","finish_reason":"length"}]}\n\n'
+    said = b'data: {"choices":[{"text":"{\\"error\\": 1}"}]}\n\n'
+    said += b'data: {"choices":[{"text":"","finish_reason":"length"}]}\n\n'
     end = b'data: {"choices":[],"usage":{"completion_tokens":32,"total_tokens":38}}\n\ndata: [DONE]\n\n'
     whole = head + said + end
     assert is_whole(whole, 32) and not is_whole(whole, 31)

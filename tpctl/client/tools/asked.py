@@ -108,7 +108,7 @@ def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if not isinstance(tool, dict) or kind != "function":
         said = f"has type {shown(kind)}" if isinstance(kind, str) else f"is {shown(tool)}"
-        raise ToolsError(f'{what} {said}, but must be {{"type": "function", "function": {{…}}}}', "tools")
+        raise ToolsError(f'{what} {said}, but must be an object of type "function"', "tools")
     if unknown := given(tool).keys() - {"type", "function"}:
         raise ToolsError(f"{what}: unknown field {shown(min(unknown))} beside its function", "tools")
     function = tool.get("function")
