@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -11,12 +12,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from openai.types.responses import ResponseFailedEvent
 from typer.testing import CliRunner
 
 from tests.unit import running as running_module
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
-from tests.unit.running import BODY, PATIENCE, Running, everything, running, talkative, until
+from tests.unit.running import BODY, PATIENCE, Running, everything, running, talkative, unchunked, until
 from tpctl.cli import serve as cli
 from tpctl.cli.app import app
 from tpctl.client.tokenizer import Tokenizer
@@ -150,6 +152,26 @@ def test_an_engine_that_ends_takes_the_server_with_it(tokenizer: Tokenizer) -> N
         said = b"the engine has ended: rank 0 was killed (SIGKILL)"
         assert said in everything(stream)
         server.thread.join(PATIENCE)
+    assert str(server.failed) == "rank 0 was killed (SIGKILL)"
+
+
+def test_a_response_that_is_broken_off_ends_with_an_event_of_its_own(tokenizer: Tokenizer) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        sock = server.ask("/v1/responses", {"input": "ab", "stream": True, "max_output_tokens": 20000})
+        until(lambda: len(engine.open) == 1)
+        sock.recv(1)
+        engine.gate.clear()
+        engine.die("rank 0 was killed (SIGKILL)")
+        engine.open.clear()
+        told = unchunked(everything(sock).partition(b"\r\n\r\n")[2]).decode()
+        *_, last, rest = told.split("\n\n")
+        name, _, data = last.partition("\ndata: ")
+        event = ResponseFailedEvent.model_validate(json.loads(data), strict=True)
+        assert (name, rest) == ("event: response.failed", "") and event.response.status == "failed"
+        assert event.response.error is not None
+        assert event.response.error.message == "the engine has ended: rank 0 was killed (SIGKILL)"
+        assert told.count('"sequence_number"') == event.sequence_number + 1
     assert str(server.failed) == "rank 0 was killed (SIGKILL)"
 
 
