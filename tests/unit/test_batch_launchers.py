@@ -33,6 +33,7 @@ case $2 in
 gone) echo "ssh: connect to host gone port 22: Connection refused" >&2; exit 255;;
 bare) echo "/bin/sh: 1: exec: python: not found" >&2; exit 127;;
 full) echo "tpctl: rank 0 was killed (SIGKILL)" >&2; exit 75;;
+ended) echo "tpctl: interrupted" >&2; exit 143;;
 other) echo "tpctl: /rows holds no batch to answer lines of" >&2; exit 1;;
 *) cat; echo "left in order" >&2; exit 0;;
 esac
@@ -139,6 +140,11 @@ def test_a_host_that_was_reached_has_the_rule_of_five(tmp_path: Path, program: P
         "rank 0 was killed (SIGKILL) (on full)",
         "ssh: connect to host gone port 22: Connection refused (on gone)",
     }
+
+
+def test_a_replica_that_a_signal_ended_there_is_told_by_it(tmp_path: Path, program: Path) -> None:
+    (death,) = run(started(tmp_path, program, "ended\n"), bool)
+    assert not death.fatal and death.reason == "was killed (SIGTERM) (on ended)"
 
 
 def test_what_no_start_would_mend_there_ends_no_batch(tmp_path: Path, program: Path) -> None:

@@ -309,6 +309,8 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     ("code", "last", "reason", "fatal"),
     [
         (-9, "", "was killed (SIGKILL)", False),
+        (143, "tpctl: interrupted", "was killed (SIGTERM)", False),
+        (143, "tpctl: rank 0 hung", "rank 0 hung", False),
         (75, "tpctl: rank 0 was killed (SIGKILL)", "rank 0 was killed (SIGKILL)", False),
         (1, "tpctl: cannot write x: the disk is full", "cannot write x: the disk is full", True),
         (1, "ValueError: oh", "ValueError: oh", False),

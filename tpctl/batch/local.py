@@ -188,8 +188,14 @@ class Local:
         return (*why_ended(code, last_line(slot.log)), False)
 
 
+INTERRUPTED = "tpctl: interrupted"
+"""What a replica says last that a signal has ended, in order."""
+
+
 def why_ended(code: int, last: str) -> tuple[str, bool]:
     """What to say of a replica that ended, and whether no other one would do better."""
+    if code > 128 and last == INTERRUPTED:
+        code = 128 - code
     if code < 0:
         return f"was killed ({signal.Signals(-code).name})", False
     ours = last.startswith("tpctl: ")

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import IO
 
-from tpctl.batch.local import Local, Slot, last_line
+from tpctl.batch.local import INTERRUPTED, Local, Slot, last_line
 
 _SIGNALS = {129: "SIGHUP", 130: "SIGINT", 134: "SIGABRT", 135: "SIGBUS", 137: "SIGKILL", 139: "SIGSEGV", 143: "SIGTERM"}
 
@@ -52,7 +52,7 @@ class Remote(Local, ABC):
 
     def _judge(self, slot: Slot, code: int) -> tuple[str, bool, bool]:
         said = last_line(slot.log, self.noise)
-        ours = said.startswith("tpctl: ")
+        ours = said.startswith("tpctl: ") and said != INTERRUPTED
         reason = said.removeprefix("tpctl: ")
         if not ours and abs(code) + 128 * (code < 0) in _SIGNALS:
             reason = f"was killed ({_SIGNALS[abs(code) + 128 * (code < 0)]})"
