@@ -163,6 +163,18 @@ def test_log_probabilities_of_a_message(tokenizer: Tokenizer, thinking: Tokenize
         assert none["output"][-1]["content"][0]["logprobs"] == []
 
 
+@pytest.mark.parametrize("stop", ["S", "ab", "c"])
+def test_log_probabilities_of_what_a_stop_text_cut_off(tokenizer: Tokenizer, stop: str) -> None:
+    """They are the same streamed and whole, also where there is no text."""
+    body = {"input": "Hi", "include": ["message.output_text.logprobs"], "stop": stop}
+    with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "Sabc")) as (client, _):
+        whole = Response.model_validate(client.post(PATH, json=body).json(), strict=True)
+        last = events(client, body)[-1].response
+        told, text = whole.output[0].content[0], "Sabc".partition(stop)[0]
+        assert [token.token for token in told.logprobs] == list(text + stop)
+        assert last.output[0].content[0] == told and told.text == text
+
+
 def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
     with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "")) as (client, _):
         found = events(client, {"input": "Hi"})

@@ -114,6 +114,9 @@ class ResponseWriter:
                 found += self._begin(self._new("message"))
         else:
             found = b""
+        if self._open is not None and self._open.kind == "message":
+            self._until = None
+            self._open.logprobs += self._logprobs()  # of tokens that came to no text, as those of a stop text
         found += self._close("incomplete" if cut and self._open and self._open.kind == "message" else "completed")
         response = self.whole()
         return found + self._event(f"response.{response['status']}", response=response)
