@@ -1,0 +1,107 @@
+"""What streams of an answer come to is the answer, whatever was asked for: options are drawn, a fake engine answers."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import pytest
+from openai.types.responses import Response
+from starlette.testclient import TestClient
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tests.unit.test_serve import CHAT, HELLO, TEXT, events
+from tests.unit.test_serve_responses import PATH as RESPONSES
+from tests.unit.test_serve_responses import events as response_events
+from tpctl.client.tokenizer import Tokenizer
+
+SAID = "Só: a<b, 🙂 ab.\nEnd"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def drawn(draw: random.Random, path: str) -> dict[str, Any]:
+    """A body without its prompt."""
+    most = draw.choice([1, 2, 5, 9, 100])
+    if path == RESPONSES:
+        told = {"include": ["message.output_text.logprobs"], "top_logprobs": draw.choice([0, 2])}
+        body = {"max_output_tokens": most, **draw.choice([{}, told])}
+    else:
+        told = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": draw.choice([0, 2])}
+        body = {"max_tokens": most, "n": draw.choice([1, 2]), **draw.choice([{}, told])}
+    if draw.random() < 0.5:
+        body["stop"] = draw.choice(["a", "b,", ["ó", "E"], "🙂", "S", ["zz", "\nE"], "End"])
+    if draw.random() < 0.2:
+        body["min_tokens"] = draw.choice([1, most])
+    if path == TEXT and draw.random() < 0.5:
+        body["echo"] = True
+    return body
+
+
+def joined(chunks: Iterable[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    """Choices as the whole answer has them, made of a stream's."""
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    logprobs: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    reasons: dict[int, str] = {}
+    for choice in chain.from_iterable(chunk["choices"] for chunk in chunks):
+        at = choice["index"]
+        assert at not in reasons, "something came behind the end"
+        texts[at].append(choice["delta"].get("content", "") if path == CHAT else choice["text"])
+        logprobs[at] += [choice["logprobs"]] if choice["logprobs"] else []
+        if choice["finish_reason"]:
+            reasons[at] = choice["finish_reason"]
+    each = [
+        {name: list(chain.from_iterable(one[name] or () for one in logprobs[at])) for name in logprobs[at][0]}
+        if logprobs[at]
+        else None
+        for at in sorted(reasons)
+    ]
+    return [
+        {"text": "".join(texts[at]), "finish_reason": reasons[at], "logprobs": told}
+        for at, told in zip(sorted(reasons), each, strict=True)
+    ]
+
+
+def plain(choice: dict[str, Any], path: str) -> dict[str, Any]:
+    """A whole answer's choice in the form of ``joined``."""
+    told = choice["logprobs"]
+    if told is not None:
+        told = {name: value or [] for name, value in told.items()}
+    text = choice["message"]["content"] if path == CHAT else choice["text"]
+    return {"text": text, "finish_reason": choice["finish_reason"], "logprobs": told}
+
+
+def compare(client: TestClient, path: str, body: dict[str, Any]) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    if path == RESPONSES:
+        whole, found = Response.model_validate(answer.json(), strict=True), response_events(client, body)
+        last = found[-1].response
+        assert (last.status, last.usage) == (whole.status, whole.usage)
+        assert [item.content for item in last.output] == [item.content for item in whole.output]
+        assert "".join(one.delta for one in found if one.type == "response.output_text.delta") == whole.output_text
+        return
+    asked = {**body, "stream_options": {"include_usage": True}}
+    *chunks, usage = events(client, path, asked)
+    choices = answer.json()["choices"]
+    assert joined(chunks, path) == [plain(choice, path) for choice in choices]
+    assert usage["usage"] == answer.json()["usage"] and usage["choices"] == []
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES])
+def test_a_stream_comes_to_the_whole_answer(tokenizer: Tokenizer, path: str, interval: int) -> None:
+    draw = random.Random(interval)
+    prompts = {CHAT: {"messages": HELLO}, TEXT: {"prompt": ["Once", "ü"]}, RESPONSES: {"input": "Hi"}}
+    with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: SAID), interval=interval) as (client, server):
+        for _ in range(60):
+            compare(client, path, {**prompts[path], **drawn(draw, path)})
+        assert not server.notes and not server.engines[0].open
