@@ -113,7 +113,8 @@ def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
         assert client.chat.completions.create(model="demo", messages=hello).choices[0].message.content == "<[u]Hi[a]>"
         pieces = client.chat.completions.create(model="demo", messages=hello, stream=True)
         assert "".join(one.choices[0].delta.content or "" for one in pieces) == "<[u]Hi[a]>"
-        assert client.completions.create(model="demo", prompt=["a", "b"]).choices[1].text == "<b>"
+        several = client.completions.create(model="demo", prompt=["a", "b"])
+        assert several.choices[1].text == "<b>" and several._request_id == several.id
         assert [model.id for model in client.models.list()] == ["demo"]
         with pytest.raises(openai.NotFoundError, match="does not exist here"):
             client.completions.create(model="other", prompt="a")

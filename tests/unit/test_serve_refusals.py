@@ -288,12 +288,13 @@ def test_a_request_that_the_engine_fails_at(tokenizer: Tokenizer) -> None:
         assert (found.type, found.message) == ("server_error", "the scores are not finite")
         (said,) = server.notes
         assert re.fullmatch(rf"tpctl serve: {TEXT} cmpl-\w+ after 0 tokens failed: the scores are not finite", said)
+        assert client.post(TEXT, json={"prompt": "break"}).headers["x-request-id"] in server.notes.pop()
         assert error(client.post(TEXT, json={"prompt": "break", "stream": True}), 500).type == "server_error"
         assert error(client.post(TEXT, json={"prompt": ["long enough", "break"]}), 500).type == "server_error"
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
         assert len(server.notes) == 3
         lines = client.get("/metrics").text.splitlines()
-        ends = {"stop": 1, "length": 0, "tool_calls": 0, "abort": 1, "error": 3}
+        ends = {"stop": 1, "length": 0, "tool_calls": 0, "abort": 1, "error": 4}
         assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
 
 

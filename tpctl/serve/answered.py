@@ -57,6 +57,7 @@ class Answered:
         self.kept = kept
         self._generation = generation
         self._writer = writer
+        self._named = [(b"x-request-id", writer.id.encode())]  # as the server's log names it
         self._run = run
         self._stream = generation.interval > 0
 
@@ -95,17 +96,17 @@ class Answered:
         try:
             await self._generation.finish()
         except ApiError as error:
-            return await refused(self._broken(error, scope), send)
+            return await refused(self._broken(error, scope), send, self._named)
         body = await self._run(lambda: encode(self._writer.whole()))
-        return await say(200, JSON, body, send)
+        return await say(200, [*JSON, *self._named], body, send)
 
     async def _events(self, scope: Scope, send: Send) -> None:
         to = straight(scope)
         try:
             pieces = await self._generation.next()  # what goes wrong before there is anything has a status of its own
         except ApiError as error:
-            return await refused(self._broken(error, scope), send)
-        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+            return await refused(self._broken(error, scope), send, self._named)
+        await send({"type": "http.response.start", "status": 200, "headers": [*EVENTS, *self._named]})
         writer = self._writer
         said = b""
 
@@ -144,8 +145,9 @@ async def say(status: int, headers: list[tuple[bytes, bytes]], body: bytes, send
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def refused(error: ApiError, send: Send) -> None:
-    await say(error.status, error.headers(), error.body(), send)
+async def refused(error: ApiError, send: Send, more: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """``more``: headers besides."""
+    await say(error.status, [*error.headers(), *more], error.body(), send)
 
 
 class Encoded:
