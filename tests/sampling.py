@@ -87,19 +87,20 @@ def sampled(cases: list[pytest.Item], times: int, *, apart: bool = False, turn: 
     first = 7 * turn % len(cases)  # the day after takes no neighbour
     left = cases[first:] + cases[:first]
     while any(wanted.values()):
-        best = max(
-            left,
-            key=lambda case: (
-                sum(wanted[value] > 0 for value in values[case]),
-                -sum(pairs[one, other] for one in values[case] for other in values[case]),
-            ),
-        )
+        gains = {case: sum(wanted[value] > 0 for value in values[case]) for case in left}
+        most = max(gains.values())
+        best = min((case for case in left if gains[case] == most), key=lambda case: _seen(pairs, values[case]))
         left.remove(best)
         taken.append(best)
         for one in values[best]:
             wanted[one] = max(0, wanted[one] - 1)
             pairs.update((one, other) for other in values[best])
     return taken
+
+
+def _seen(pairs: Mapping[tuple[object, object], int], values: list[tuple[str, str]]) -> int:
+    """How often pairs of these values have been taken."""
+    return sum(pairs.get((one, other), 0) for one in values for other in values)
 
 
 def _values(case: pytest.Item, apart: bool) -> list[tuple[str, str]]:

@@ -36,13 +36,16 @@ HEAVY = {"distributed", "shared_memory", "kernels", "layers", "models", "engine"
 LIGHT = ("engine.scheduling",)
 
 
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): file
+    for file in sorted(ROOT.rglob("*.py"))
+}
+"""The file of each module."""
+
+
 @cache
 def modules() -> tuple[tuple[str, ast.Module], ...]:
-    found = []
-    for file in sorted(ROOT.rglob("*.py")):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
-        found.append((name, ast.parse(file.read_text(encoding="utf-8"))))
-    return tuple(found)
+    return tuple((name, ast.parse(file.read_text(encoding="utf-8"))) for name, file in FILES.items())
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -124,10 +127,7 @@ def test_every_grant_is_used() -> None:
             assert any(own == name and within(target, known) for own, target in used), f"{name} uses no {known}"
 
 
-PACKAGES = sorted({name.partition(".")[0] for name, _ in modules()})
-
-
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", sorted({name.partition(".")[0] for name in FILES}))
 def test_import_rules(package: str) -> None:
     for name, tree in modules():
         if name.partition(".")[0] == package:
@@ -192,9 +192,7 @@ assert not hasattr(tpctl, "nothing") and LLM and SamplingParams
 def test_the_client_never_imports_torch() -> None:
     """All that chat and batch use in the parent process, tokenizer and template included."""
     names = [
-        name
-        for name, _ in modules()
-        if name.partition(".")[0] in ("cli", "chat", "client", "batch", "launch", "sharding")
+        name for name in FILES if name.partition(".")[0] in ("cli", "chat", "client", "batch", "launch", "sharding")
     ]
     names = [f"tpctl.{name}" for name in names if name != "launch.agent"]
     code = f"import {', '.join(names)}, tokenizers, jinja2, sys\nassert 'torch' not in sys.modules"
