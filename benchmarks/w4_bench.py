@@ -1,0 +1,200 @@
+"""Times one row's linears of 4-bit integers through a ring in shared memory beside ``codes_gemv``, on one GPU.
+
+    PYTHONPATH=. python benchmarks/w4_bench.py [--shapes 4096x4096 g14336x4096]
+
+Every variant is compared with float64 first (relative error; bfloat16 results are within 4e-3, gated ones within 8e-3);
+one that is wrong is not timed. Then us of a call, and TB/s of the codes and scales read, in a CUDA graph whose launches
+rotate through more weights than the L2 cache holds. Processes of their own compile the kernels first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+from codes_bench import FORMATS, SHAPES, Shape, copies, error, in_turns, picked, random_codes
+from kernel_timing import BF16, DEVICE, graph_us, row
+
+import tpctl.kernels.linear.codes_ring as codes_ring_module
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.launch import num_multiprocessors
+from tpctl.kernels.linear import codes_ring_kernels
+from tpctl.kernels.linear.codes_gemv import CodesGemvConfig, codes_gemv
+from tpctl.kernels.linear.codes_linear import codes_linear_reference
+from tpctl.kernels.linear.codes_ring import CodesRingConfig, codes_ring
+
+Call = Callable[..., torch.Tensor]
+COMPILERS = 4
+"""Processes for a shape."""
+
+
+def configs(shape: Shape) -> Iterator[CodesRingConfig]:
+    one, two = num_multiprocessors(DEVICE), 2 * num_multiprocessors(DEVICE)
+    if shape.inputs % 8192 == 6144:  # 112 groups
+        yield CodesRingConfig(8, 7, 1, programs=one)
+        yield CodesRingConfig(8, 7, 1, programs=one, hint=".L2::256B")
+        yield CodesRingConfig(8, 7, 1, programs=two)
+        yield CodesRingConfig(8, 7, 2, programs=one)
+        yield CodesRingConfig(16, 7, 1, programs=one, registers=64)
+        yield CodesRingConfig(4, 7, 1, programs=two)
+        yield CodesRingConfig(4, 7, 2, programs=two)
+        return
+    yield CodesRingConfig(8, 4, 2, programs=one)
+    yield CodesRingConfig(8, 4, 2, programs=one, hint=".L2::256B")
+    yield CodesRingConfig(8, 4, 2, programs=one, hint="")
+    yield CodesRingConfig(8, 4, 2, held=True, programs=one)
+    yield CodesRingConfig(8, 4, 3, programs=one)
+    yield CodesRingConfig(8, 4, 1, programs=two)
+    yield CodesRingConfig(16, 2, 2, programs=one, registers=64)
+    yield CodesRingConfig(16, 2, 3, programs=one, registers=64)
+    yield CodesRingConfig(4, 8, 1, programs=two)
+    yield CodesRingConfig(4, 8, 2, programs=two)
+
+
+def variants(shape: Shape, codes: Codes) -> Iterator[tuple[str, Call]]:
+    gemv = picked(1, codes, shape)
+    assert isinstance(gemv, CodesGemvConfig)
+    yield "gemv", partial(codes_gemv, config=gemv, pdl=True)
+    for number, config in enumerate(configs(shape)):
+        yield f"ring {' '.join(map(str, config[:5]))} {config.hint}", partial(codes_ring, config=config, pdl=True)
+        if number == 0:
+            yield "  launched after the one before", partial(codes_ring, config=config)
+            yield "  copies alone, no products", partial(without_products, config=config, pdl=True)
+
+
+def without_products(x: torch.Tensor, codes: Codes, **given: Any) -> torch.Tensor:
+    """The same kernel, whose tiles only pass the sums on: what is left is reading."""
+    before = codes_ring_module.codes_ring_kernel
+    codes_ring_module.codes_ring_kernel = _without_products()
+    try:
+        return codes_ring(x, codes, **given)
+    finally:
+        codes_ring_module.codes_ring_kernel = before
+
+
+@cache
+def _without_products() -> Any:
+    source = Path(codes_ring_kernels.__file__).read_text()
+    moves = "".join(f"mov.f32 ${i}, ${i + 32}; " for i in range(8))
+    place = Path(gettempdir()) / "w4_bench_without_products.py"
+    place.write_text(source.replace("gl.constexpr(_tile_assembly())", f"gl.constexpr({moves!r})"))
+    spec = spec_from_file_location("w4_bench_without_products", place)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.codes_ring_kernel
+
+
+def options(shape: Shape, fused: bool) -> dict[str, object]:
+    """What a decode step has within the linear; without, a gate is left."""
+    weight = torch.rand(shape.inputs, device=DEVICE, dtype=BF16) + 0.5
+    if shape.gated:
+        return {"activation": "silu"} | ({"norm": (weight, 1e-6)} if fused else {})
+    if shape.outputs <= shape.inputs:
+        return {"residual_TO": torch.randn(1, shape.outputs, device=DEVICE, dtype=BF16)} if fused else {}
+    return {"norm": (weight, 1e-6)} if fused else {}
+
+
+def wide(given: dict[str, object]) -> dict[str, object]:
+    """Options of a reference in float64."""
+    found: dict[str, object] = {}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            value = value.double()
+        elif isinstance(value, tuple):
+            value = (value[0].double(), value[1])
+        found[name] = value
+    return found
+
+
+def compile_some(shape: Shape, part: int) -> None:
+    codes = random_codes(FORMATS["gptq"], shape)
+    x = torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16)
+    calls = [partial(call, **options(shape, True)) for _, call in variants(shape, codes)]
+    calls += [partial(call, **options(shape, False)) for _, call in list(variants(shape, codes))[:2]]
+    for call in calls[part::COMPILERS]:
+        try:
+            call(x, codes)
+        except Exception as failed:  # said when it is to be timed
+            print(type(failed).__name__, file=sys.stderr)
+    torch.cuda.synchronize()
+
+
+def bench(shape: Shape) -> tuple[Call, Call]:
+    """``codes_gemv`` and the fastest of the others, with what a decode step has within."""
+    times: dict[float, Call] = {}
+    gemv: Call = codes_gemv
+    held = copies(FORMATS["gptq"], shape)
+    x = torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16)
+    for fused in (True, False):
+        given = options(shape, fused)
+        want = codes_linear_reference(x.double(), held[0], **wide(given))
+        out = torch.empty(1, shape.outputs, device=DEVICE, dtype=BF16)
+        for name, call in list(variants(shape, held[0]))[: None if fused else 2]:
+            label = f"{shape}{'' if fused else ' alone'}: {name}"
+            try:
+                out.fill_(torch.nan)
+                call(x, held[0], out=out, **given)
+                far = error(out, want)
+                if not far < 8e-3 and "no products" not in name:
+                    row(label, f"{far:.1e}", "WRONG")
+                    continue
+                us = in_turns(partial(call, x, out=out, **given), held)
+                row(label, f"{far:.1e}", f"{us:.2f}", f"{held[0].nbytes / us / 1e6:.2f}")
+                if name == "gemv" and fused:
+                    gemv = partial(call, **given)
+                elif fused and not name.startswith(" "):
+                    times[us] = partial(call, **given)
+            except Exception as failed:
+                row(label, type(failed).__name__, str(failed).splitlines()[0][:60] if str(failed) else "")
+    return gemv, times[min(times)] if times else gemv
+
+
+def bench_layer(shapes: list[Shape], fastest: list[tuple[Call, Call]]) -> None:
+    """The linears of a layer one after the other, as a decode step has them but for attention."""
+    layers = [[random_codes(FORMATS["gptq"], shape) for shape in shapes] for _ in range(4)]
+    xs = [torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16) for shape in shapes]
+    outs = [torch.empty(1, shape.outputs, device=DEVICE, dtype=BF16) for shape in shapes]
+    for way, name in enumerate(("gemv", "ring")):
+        calls: list[Callable[[], object]] = [
+            partial(both[way], x, codes, out=out)
+            for layer in layers * 2
+            for both, x, codes, out in zip(fastest, xs, layer, outs, strict=True)
+        ]
+        row(f"a layer, {name}", "", f"{graph_us(calls) * len(shapes):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=SHAPES)
+    parser.add_argument("--compile", type=int, help="for the first shape: compile one of so many parts")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.compile is not None:
+        compile_some(args.shapes[0], args.compile)
+        return
+    started = time.monotonic()
+    builders = [
+        subprocess.Popen([sys.executable, __file__, "--shapes", str(shape), "--compile", str(part)])
+        for shape in args.shapes
+        for part in range(COMPILERS)
+    ]
+    for builder in builders:
+        builder.wait()
+    print(f"{torch.cuda.get_device_name()}, compiled in {time.monotonic() - started:.0f} s", flush=True)
+    row("warps, run, ahead, held, programs, hint", "error", "us", "TB/s")
+    bench_layer(args.shapes, [bench(shape) for shape in args.shapes])
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Linear layers of one row whose weights are 4-bit integers with a scale for 128 inputs: `codes_gemv` for large ones.
+
+As many programs as the GPU has multiprocessors go through the outputs, 16 at a time, while the codes of the next ones
+come into shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpctl.kernels.common.activation import Activation
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.launch import launch_options
+from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
+
+
+class CodesRingConfig(NamedTuple):
+    """Warps of a program, groups of 128 inputs that a warp sums at once, how many such runs are on their way, whether
+    x stays in registers, programs."""
+
+    num_warps: int
+    run: int
+    ahead: int
+    held: bool = False
+    programs: int = 132
+    hint: str = ".L2::128B"
+    registers: int = 128
+
+
+def takes_ring(codes: Codes, *, gated: bool) -> bool:
+    """Whether the kernel can read such codes."""
+    return (
+        codes.kind == "uint4"
+        and codes.unit == 128
+        and codes.first == 0
+        and codes.columns % 1024 == 0
+        and codes.outputs % 16 == 0
+        and codes.scales.dtype == torch.bfloat16
+        and codes.zeros is codes.rows is codes.groups is codes.factors is None
+    )
+
+
+def codes_ring(
+    x_TK: Tensor,
+    codes: Codes,
+    *,
+    bias_O: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    unit_offset: bool = False,
+    activation: Activation | None = None,
+    residual_TO: Tensor | None = None,
+    out: Tensor | None = None,
+    config: CodesRingConfig,
+    pdl: bool = False,
+) -> Tensor:
+    """What `codes_linear` does, for x_TK [1, K] bfloat16 and codes that `takes_ring`."""
+    gated = activation is not None
+    outputs = codes.outputs // (2 if gated else 1)
+    norm_K = x_TK if norm is None else norm[0]
+    if out is None:
+        out = x_TK.new_empty((1, outputs))
+    units = outputs // (8 if gated else 16)
+    programs = min(config.programs, units)
+    codes_ring_kernel[(programs,)](
+        x_TK.view(torch.int32),
+        codes.values,
+        codes.scales,
+        out,
+        bias_O if bias_O is not None else x_TK,
+        residual_TO if residual_TO is not None else x_TK,
+        norm_K.view(torch.int32),
+        outputs,
+        norm[1] if norm is not None else 0.0,
+        COLUMNS=codes.columns,
+        ZERO=codes.zero,
+        HAS_BIAS=bias_O is not None,
+        HAS_RESIDUAL=residual_TO is not None,
+        HAS_NORM=norm is not None,
+        UNIT_OFFSET=unit_offset,
+        ACTIVATION=activation or "",
+        WARPS=config.num_warps,
+        RUN=config.run,
+        AHEAD=config.ahead,
+        HELD=config.held,
+        HINT=config.hint,
+        PROGRAMS=programs,
+        UNITS=-(-units // programs),
+        PDL=pdl,
+        num_warps=config.num_warps,
+        maxnreg=config.registers,
+        **launch_options(pdl),
+    )
+    return out
