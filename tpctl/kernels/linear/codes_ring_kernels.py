@@ -15,6 +15,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
+
 
 def _tile_assembly() -> str:
     """Sums of a tile. $0 to $7: two accumulators; $8 to $11, $12 to $15: words of codes of rows r and r + 8; $16 to
@@ -391,7 +393,7 @@ def codes_ring_kernel(
         squares += other_lanes(squares, 16)
         store_float(base + SQUARES + warp * 4, squares)
     wait_for_all_but(thread, TILES)
-    gl.thread_barrier()
+    barrier()
 
     minus_sums = ()
     for part in gl.static_range(RUNS):
@@ -434,7 +436,7 @@ def codes_ring_kernel(
             store_float(sum_at + (unit * RUNS + part) * (WARPS * 64), both)
             ring = ring + 1
             ring = gl.where(ring == AHEAD, 0, ring) if AHEAD > 1 else 0
-    gl.thread_barrier()
+    barrier()
 
     value, up = bias * 0.0, bias * 0.0
     at = base + PARTIAL + gl.minimum(number // PER_UNIT, UNITS - 1) * (RUNS * WARPS * 64) + number % PER_UNIT * 4
