@@ -1,4 +1,4 @@
-"""Times one row's linears of 4-bit integers through a ring in shared memory beside ``codes_gemv``, on one GPU.
+"""Times few rows' linears of 4-bit integers through a ring in shared memory beside ``codes_gemv``, on one GPU.
 
     PYTHONPATH=. python benchmarks/w4_bench.py [--shapes 4096x4096 g14336x4096]
 
@@ -33,12 +33,20 @@ from tpctl.kernels.linear.codes_linear import codes_linear_reference
 from tpctl.kernels.linear.codes_ring import CodesRingConfig, codes_ring
 
 Call = Callable[..., torch.Tensor]
+CASES = [(True, 1), (False, 1), (True, 2), (True, 4), (True, 8)]
+"""Whether all is fused that a step has, and rows."""
 COMPILERS = 4
 """Processes for a shape."""
 
 
-def configs(shape: Shape) -> Iterator[CodesRingConfig]:
+def configs(shape: Shape, rows: int) -> Iterator[CodesRingConfig]:
     one, two = num_multiprocessors(DEVICE), 2 * num_multiprocessors(DEVICE)
+    if rows > 1:
+        if shape.inputs <= 4096:
+            yield CodesRingConfig(8, 8 // rows if rows > 2 else 4, rows, programs=one)
+        elif rows <= 4:
+            yield CodesRingConfig(8, 2, 3, programs=one)
+        return
     if shape.inputs % 8192 == 6144:  # 112 groups
         yield CodesRingConfig(8, 7, 1, programs=one)
         yield CodesRingConfig(8, 7, 1, programs=one, hint=".L2::256B")
@@ -60,13 +68,13 @@ def configs(shape: Shape) -> Iterator[CodesRingConfig]:
     yield CodesRingConfig(4, 8, 2, programs=two)
 
 
-def variants(shape: Shape, codes: Codes) -> Iterator[tuple[str, Call]]:
-    gemv = picked(1, codes, shape)
+def variants(shape: Shape, codes: Codes, rows: int) -> Iterator[tuple[str, Call]]:
+    gemv = picked(rows, codes, shape)
     assert isinstance(gemv, CodesGemvConfig)
     yield "gemv", partial(codes_gemv, config=gemv, pdl=True)
-    for number, config in enumerate(configs(shape)):
+    for number, config in enumerate(configs(shape, rows)):
         yield f"ring {' '.join(map(str, config[:5]))} {config.hint}", partial(codes_ring, config=config, pdl=True)
-        if number == 0:
+        if number == 0 and rows == 1:
             yield "  launched after the one before", partial(codes_ring, config=config)
             yield "  copies alone, no products", partial(without_products, config=config, pdl=True)
 
@@ -94,14 +102,14 @@ def _without_products() -> Any:
     return module.codes_ring_kernel
 
 
-def options(shape: Shape, fused: bool) -> dict[str, object]:
-    """What a decode step has within the linear; without, a gate is left."""
+def options(shape: Shape, fused: bool, rows: int) -> dict[str, object]:
+    """What a decode step has within the linear, but the norm of more than one row; without, a gate is left."""
     weight = torch.rand(shape.inputs, device=DEVICE, dtype=BF16) + 0.5
     if shape.gated:
-        return {"activation": "silu"} | ({"norm": (weight, 1e-6)} if fused else {})
+        return {"activation": "silu"} | ({"norm": (weight, 1e-6)} if fused and rows == 1 else {})
     if shape.outputs <= shape.inputs:
-        return {"residual_TO": torch.randn(1, shape.outputs, device=DEVICE, dtype=BF16)} if fused else {}
-    return {"norm": (weight, 1e-6)} if fused else {}
+        return {"residual_TO": torch.randn(rows, shape.outputs, device=DEVICE, dtype=BF16)} if fused else {}
+    return {"norm": (weight, 1e-6)} if fused and rows == 1 else {}
 
 
 def wide(given: dict[str, object]) -> dict[str, object]:
@@ -118,12 +126,14 @@ def wide(given: dict[str, object]) -> dict[str, object]:
 
 def compile_some(shape: Shape, part: int) -> None:
     codes = random_codes(FORMATS["gptq"], shape)
-    x = torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16)
-    calls = [partial(call, **options(shape, True)) for _, call in variants(shape, codes)]
-    calls += [partial(call, **options(shape, False)) for _, call in list(variants(shape, codes))[:2]]
-    for call in calls[part::COMPILERS]:
+    jobs = [
+        (partial(call, **options(shape, fused, rows)), rows)
+        for fused, rows in CASES
+        for _, call in list(variants(shape, codes, rows))[: None if fused else 2]
+    ]
+    for call, rows in jobs[part::COMPILERS]:
         try:
-            call(x, codes)
+            call(torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16), codes)
         except Exception as failed:  # said when it is to be timed
             print(type(failed).__name__, file=sys.stderr)
     torch.cuda.synchronize()
@@ -134,13 +144,13 @@ def bench(shape: Shape) -> tuple[Call, Call]:
     times: dict[float, Call] = {}
     gemv: Call = codes_gemv
     held = copies(FORMATS["gptq"], shape)
-    x = torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16)
-    for fused in (True, False):
-        given = options(shape, fused)
+    for fused, rows in CASES:
+        x = torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16)
+        given = options(shape, fused, rows)
         want = codes_linear_reference(x.double(), held[0], **wide(given))
-        out = torch.empty(1, shape.outputs, device=DEVICE, dtype=BF16)
-        for name, call in list(variants(shape, held[0]))[: None if fused else 2]:
-            label = f"{shape}{'' if fused else ' alone'}: {name}"
+        out = torch.empty(rows, shape.outputs, device=DEVICE, dtype=BF16)
+        for name, call in list(variants(shape, held[0], rows))[: None if fused else 2]:
+            label = f"{shape}{'' if fused else ' alone'} {rows}: {name}"
             try:
                 out.fill_(torch.nan)
                 call(x, held[0], out=out, **given)
@@ -150,9 +160,11 @@ def bench(shape: Shape) -> tuple[Call, Call]:
                     continue
                 us = in_turns(partial(call, x, out=out, **given), held)
                 row(label, f"{far:.1e}", f"{us:.2f}", f"{held[0].nbytes / us / 1e6:.2f}")
-                if name == "gemv" and fused:
+                if rows > 1 or not fused:
+                    continue
+                if name == "gemv":
                     gemv = partial(call, **given)
-                elif fused and not name.startswith(" "):
+                elif not name.startswith(" "):
                     times[us] = partial(call, **given)
             except Exception as failed:
                 row(label, type(failed).__name__, str(failed).splitlines()[0][:60] if str(failed) else "")

@@ -1,4 +1,4 @@
-"""Linear layers of one row whose weights are 4-bit integers with a scale for 128 inputs: `codes_gemv` for large ones.
+"""Linear layers of up to 8 rows whose weights are 4-bit integers with a scale for 128 inputs.
 
 As many programs as the GPU has multiprocessors go through the outputs, 16 at a time, while the codes of the next ones
 come into shared memory.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpctl.kernels.common.activation import Activation
 from tpctl.kernels.common.codes import Codes
-from tpctl.kernels.common.launch import launch_options
+from tpctl.kernels.common.launch import launch_options, next_power_of_2
 from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
 
 
@@ -30,7 +30,7 @@ class CodesRingConfig(NamedTuple):
     registers: int = 128
 
 
-def takes_ring(codes: Codes, *, gated: bool) -> bool:
+def takes_ring(codes: Codes) -> bool:
     """Whether the kernel can read such codes."""
     return (
         codes.kind == "uint4"
@@ -38,8 +38,8 @@ def takes_ring(codes: Codes, *, gated: bool) -> bool:
         and codes.first == 0
         and codes.columns % 1024 == 0
         and codes.outputs % 16 == 0
-        and codes.scales.dtype == torch.bfloat16
-        and codes.zeros is codes.rows is codes.groups is codes.factors is None
+        and codes.scales.dtype in (torch.bfloat16, torch.float16)
+        and codes.rows is codes.groups is codes.factors is None
     )
 
 
@@ -56,31 +56,40 @@ def codes_ring(
     config: CodesRingConfig,
     pdl: bool = False,
 ) -> Tensor:
-    """What `codes_linear` does, for x_TK [1, K] bfloat16 and codes that `takes_ring`."""
+    """What `codes_linear` does, for x_TK [T, K] bfloat16 with T <= 8 and codes that `takes_ring`; a norm of one row."""
+    rows = x_TK.shape[0]
     gated = activation is not None
     outputs = codes.outputs // (2 if gated else 1)
     norm_K = x_TK if norm is None else norm[0]
     if out is None:
-        out = x_TK.new_empty((1, outputs))
+        out = x_TK.new_empty((rows, outputs))
     units = outputs // (8 if gated else 16)
     programs = min(config.programs, units)
     codes_ring_kernel[(programs,)](
         x_TK.view(torch.int32),
         codes.values,
         codes.scales,
+        codes.zeros if codes.zeros is not None else codes.values,
         out,
         bias_O if bias_O is not None else x_TK,
         residual_TO if residual_TO is not None else x_TK,
         norm_K.view(torch.int32),
+        rows,
         outputs,
+        x_TK.stride(0) // 2,
+        out.stride(0),
+        residual_TO.stride(0) if residual_TO is not None else 0,
         norm[1] if norm is not None else 0.0,
         COLUMNS=codes.columns,
-        ZERO=codes.zero,
+        ZERO=0 if codes.zeros is not None else codes.zero,
+        FP16=codes.scales.dtype == torch.float16,
+        HAS_ZEROS=codes.zeros is not None,
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         HAS_NORM=norm is not None,
         UNIT_OFFSET=unit_offset,
         ACTIVATION=activation or "",
+        ROWS=next_power_of_2(rows),
         WARPS=config.num_warps,
         RUN=config.run,
         AHEAD=config.ahead,

@@ -1,13 +1,13 @@
 """The device code of `codes_ring`: 4-bit codes come through a ring in shared memory, many copies ahead of the products.
 
-Every tensor here has a number for each thread of a program, so that it is a register, and what a thread does is said
-in assembly where Triton would move data between threads, or loads behind products. A thread reads back from the ring
-only what it asked for itself, so that its warp never waits for another one before its sums are complete.
+What a thread does is said in assembly (`thread_kernels`), where Triton would move data between threads, or loads behind
+products. A thread reads back from the ring only what it asked for itself, so that its warp never waits for another one
+before its sums are complete.
 
 A warp takes a run of groups (128 inputs, 64 bytes of a row) of 16 rows, a unit. Thread (r, q) has rows r and r + 8,
-and of a group the 32 inputs 32 q. Of the eight columns that a product has, one row of x fills as many as a run has
-groups: in column n all inputs but those of the run's group n are zero, and so the sums of several groups are in one
-accumulator, each where the thread is that scales it.
+and of a group the 32 inputs 32 q. A product has eight columns, of which x has ROWS: so each row of x fills as many as a
+run has groups, and is zero in each but for one group's inputs. The sums of several groups are in one accumulator that
+way, each where the thread is that scales it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,51 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
+from tpctl.kernels.common.thread_kernels import (
+    barrier,
+    commit,
+    copy,
+    high_float,
+    high_halves,
+    lane_sum,
+    launch_dependents_and_wait,
+    load_4,
+    load_byte,
+    load_float,
+    load_global_4,
+    load_half,
+    low_float,
+    low_halves,
+    other_lane,
+    shared_base,
+    store_4,
+    store_float,
+    times_plus,
+    wait_for_all_but,
+)
 
 
 def _tile_assembly() -> str:
     """Sums of a tile. $0 to $7: two accumulators; $8 to $11, $12 to $15: words of codes of rows r and r + 8; $16 to
-    $31: words of x; $32 to $39: the accumulators before."""
+    $31: words of x; $32 to $39: the accumulators before. A code c is the bfloat16 number 128 + c."""
     names = [f"{name}{i}" for name in ("a", "b") for i in range(4)] + ["s"]
-    body = [f".reg .b32 {', '.join(names)};", f".reg .f32 {', '.join(f'c{i}' for i in range(8))};"]
+    body = [
+        f".reg .b32 {', '.join(names)};",
+        f".reg .f32 {', '.join(f'c{i}' for i in range(8))};",
+    ]
     body += [f"mov.f32 c{i}, ${32 + i};" for i in range(8)]
     for word in range(4):
         for row, name in enumerate("ab"):
             source = f"${8 + 4 * row + word}"
             body.append(f"lop3.b32 {name}0, {source}, 0x000f000f, 0x43004300, 0xEA;")
             for i in range(1, 4):
-                body += [f"shr.u32 s, {source}, {4 * i};", f"lop3.b32 {name}{i}, s, 0x000f000f, 0x43004300, 0xEA;"]
+                body += [
+                    f"shr.u32 s, {source}, {4 * i};",
+                    f"lop3.b32 {name}{i}, s, 0x000f000f, 0x43004300, 0xEA;",
+                ]
         for half in range(2):
             sums = ", ".join(f"c{4 * half + i}" for i in range(4))
-            one, two = f"{2 * half}", f"{2 * half + 1}"
-            x = 16 + 4 * word + 2 * half
+            one, two, x = 2 * half, 2 * half + 1, 16 + 4 * word + 2 * half
             body.append(
                 f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{sums}}}, "
                 f"{{a{one}, b{one}, a{two}, b{two}}}, {{${x}, ${x + 1}}}, {{{sums}}};"
@@ -44,125 +70,6 @@ def _tile_assembly() -> str:
 
 _TILE = gl.constexpr(_tile_assembly())
 _TILE_OPERANDS = gl.constexpr(",".join(["=f"] * 8 + ["r"] * 24 + ["f"] * 8))
-_LOAD_4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
-_LOAD_GLOBAL_4 = gl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-_STORE_4 = gl.constexpr("st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
-_TIMES = gl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;")
-_LOAD_BF16 = gl.constexpr("{ .reg .b16 h; ld.shared.b16 h, [$1]; mov.b32 $0, {0, h}; }")
-
-
-@gluon.jit
-def _shared_base(like):
-    """Where the program's shared memory begins, for each thread."""
-    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1) + like
-
-
-@gluon.jit
-def copy_16(to, source, go, HINT: gl.constexpr):
-    """Ask for 16 bytes to come from global to shared memory, where ``go`` is not 0."""
-    gl.inline_asm_elementwise(
-        f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global{HINT} [$1], [$2], 16; mov.b32 $0, 0; }}",
-        "=r,r,l,r",
-        [to, source, go],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def commit(like):
-    gl.inline_asm_elementwise(
-        "cp.async.commit_group; mov.b32 $0, $1;", "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_all_but(like, COUNT: gl.constexpr):
-    """Wait until a thread's own copies have come, but those of the COUNT latest groups."""
-    gl.inline_asm_elementwise(
-        f"cp.async.wait_group {COUNT}; mov.b32 $0, $1;", "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def load_4(at):
-    """Four words of shared memory."""
-    words: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
-    return gl.inline_asm_elementwise(_LOAD_4, "=r,=r,=r,=r,r", [at], dtype=words, is_pure=False, pack=1)
-
-
-@gluon.jit
-def load_global_4(pointers):
-    """Four words of global memory."""
-    words: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
-    return gl.inline_asm_elementwise(_LOAD_GLOBAL_4, "=r,=r,=r,=r,l", [pointers], dtype=words, is_pure=False, pack=1)
-
-
-@gluon.jit
-def store_4(at, a, b, c, d):
-    gl.inline_asm_elementwise(_STORE_4, "=r,r,r,r,r,r", [at, a, b, c, d], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def load_float(at):
-    return gl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def load_bf16(at):
-    """A bfloat16 number of shared memory, in float32."""
-    return gl.inline_asm_elementwise(_LOAD_BF16, "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def store_float(at, value):
-    gl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, value], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def other_lanes(value, DISTANCE: gl.constexpr):
-    """What the lane has whose number differs in one bit."""
-    return gl.inline_asm_elementwise(
-        f"shfl.sync.bfly.b32 $0, $1, {DISTANCE}, 0x1f, 0xffffffff;",
-        "=f,f",
-        [value],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def low_halves(a, b):
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def high_halves(a, b):
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def times(x, factor, added):
-    """x * factor + added, of words of two bfloat16 numbers."""
-    return gl.inline_asm_elementwise(_TIMES, "=r,r,r,r", [x, factor, added], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def low_float(word):
-    return (word << 16).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def high_float(word):
-    return (word & -65536).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -185,85 +92,213 @@ def tile_sums(acc, w, v, x0, x1, x2, x3):
 
 
 @gluon.jit
-def run_sums(
-    minus_sums,
-    slot,
-    r,
-    own_x,
-    no_x,
-    held,
-    first,
-    second,
-    go,
-    RUN: gl.constexpr,
-    TILES: gl.constexpr,
-    HELD: gl.constexpr,
-    HINT: gl.constexpr,
-):
-    """Two accumulators of a run that lies in the ring at ``slot``, where the run at ``first`` and ``second`` is asked
-    for in its place."""
-    one, two = minus_sums
-    nothing = one * 0.0
-    acc = (one, two, one, two, nothing, nothing, nothing, nothing)
-    for i in gl.static_range(RUN):
-        wait_for_all_but(r, TILES - 1)
-        w = load_4(slot + i * 1024)
-        v = load_4(slot + i * 1024 + 512)
-        if HELD:
-            x = held[i]
-        else:
-            at = gl.where(r == i, own_x, no_x)
-            x = (load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192))
-        acc = tile_sums(acc, w, v, x[0], x[1], x[2], x[3])
-        copy_16(slot + i * 1024, first + i * 64, go, HINT)
-        copy_16(slot + i * 1024 + 512, second + i * 64, go, HINT)
-        commit(r)
-    return acc
-
-
-@gluon.jit
-def gated(gate, up, ACTIVATION: gl.constexpr):
-    if ACTIVATION == "silu":
-        value = gate / (1.0 + gl.exp(-gate))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        value = gate / (1.0 + gl.exp(-2.0 * inner))
-    return value * up
-
-
-@gluon.jit
 def row_of(unit, within, outputs, GATED: gl.constexpr):
     """The row of W of one of a unit's 16; of gated ones the last eight are the up halves of the first."""
     if GATED:
         row = unit * 8 + within % 8 + within // 8 * outputs
     else:
         row = unit * 16 + within
-    return row
+    return row.to(gl.int64)
 
 
-@gluon.jit(do_not_specialize=["outputs"])
+@gluon.jit
+def ask_for_run(slot, first, second, go, RUN: gl.constexpr, HINT: gl.constexpr):
+    for i in gl.static_range(RUN):
+        copy(slot + i * 1024, first + i * 64, go, 16, HINT)
+        copy(slot + i * 1024 + 512, second + i * 64, go, 16, HINT)
+        commit(slot)
+
+
+@gluon.jit
+def load_column(at):
+    """A group's inputs of a thread."""
+    return load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192)
+
+
+@gluon.jit
+def run_sums(
+    start_0,
+    start_1,
+    slot,
+    column_slot,
+    own_x,
+    no_x,
+    first,
+    second,
+    go,
+    held,
+    RUN: gl.constexpr,
+    TILES: gl.constexpr,
+    HELD: gl.constexpr,
+    HINT: gl.constexpr,
+):
+    """The sums of a run that lies in the ring at ``slot``, in place of which the run at ``first`` and ``second`` is
+    asked for: of rows r and r + 8, each of two columns, which begin with start_0 and start_1."""
+    nothing = start_0 * 0.0
+    acc = (start_0, start_1, start_0, start_1, nothing, nothing, nothing, nothing)
+    for i in gl.static_range(RUN):
+        wait_for_all_but(slot, TILES - 1)
+        w = load_4(slot + i * 1024)
+        v = load_4(slot + i * 1024 + 512)
+        if HELD:
+            x = held[i]
+        else:
+            x = load_column(gl.where(column_slot == i, own_x, no_x))
+        acc = tile_sums(acc, w, v, x[0], x[1], x[2], x[3])
+        copy(slot + i * 1024, first + i * 64, go, 16, HINT)
+        copy(slot + i * 1024 + 512, second + i * 64, go, 16, HINT)
+        commit(slot)
+    return acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7]
+
+
+@gluon.jit
+def chunk_of(thread, i, THREADS: gl.constexpr, LAST: gl.constexpr):
+    """The i-th eight inputs that a thread prepares; where there is none, of the last group again, with its lanes."""
+    chunk = thread + i * THREADS
+    return gl.where(chunk <= LAST, chunk, LAST - 15 + thread % 16)
+
+
+@gluon.jit
+def load_inputs(x_ptr, chunk, rows, x_stride, COLUMNS: gl.constexpr):
+    """Eight inputs of a row of x, in words; of rows that are not there, the last one's."""
+    row = gl.minimum(chunk // (COLUMNS // 8), rows - 1)
+    return load_global_4(x_ptr + row.to(gl.int64) * x_stride + chunk % (COLUMNS // 8) * 4)
+
+
+@gluon.jit
+def square_sum(words):
+    a, b, c, d = words
+    square = low_float(a) * low_float(a) + high_float(a) * high_float(a)
+    square += low_float(b) * low_float(b) + high_float(b) * high_float(b)
+    square += low_float(c) * low_float(c) + high_float(c) * high_float(c)
+    return square + low_float(d) * low_float(d) + high_float(d) * high_float(d)
+
+
+@gluon.jit
+def normed(words, factors, UNIT_OFFSET: gl.constexpr):
+    a, b, c, d = words
+    fa, fb, fc, fd = factors
+    if UNIT_OFFSET:
+        result = (
+            times_plus(a, fa, a),
+            times_plus(b, fb, b),
+            times_plus(c, fc, c),
+            times_plus(d, fd, d),
+        )
+    else:
+        none = a * 0 - 2147450880  # -0, twice
+        result = (
+            times_plus(a, fa, none),
+            times_plus(b, fb, none),
+            times_plus(c, fc, none),
+            times_plus(d, fd, none),
+        )
+    return result
+
+
+@gluon.jit
+def keep_inputs(words, chunk, x_at, sums_at):
+    """Leave eight inputs where products take them from, in the order of a word of codes, and their group's sum."""
+    a, b, c, d = words
+    total = low_float(a) + high_float(a) + low_float(b) + high_float(b)
+    total = lane_sum(total + low_float(c) + high_float(c) + low_float(d) + high_float(d), 16)
+    store_4(
+        x_at + chunk // 16 * 256 + chunk % 4 * 64 + chunk // 4 % 4 * 16,
+        low_halves(a, c),
+        high_halves(a, c),
+        low_halves(b, d),
+        high_halves(b, d),
+    )
+    store_float(sums_at + chunk // 16 * 4, -total)
+
+
+@gluon.jit
+def keep_sums(at, u0, u1, l0, l1, r, q, ROWS: gl.constexpr):
+    """Leave a unit's sums, [ROWS, 16]: of rows r (u) and r + 8 (l), each of two columns, which are added where they
+    are of the same row of x. ROWS 1: u0 and l0 alone."""
+    odd = q % 2 == 1
+    high = q >= 2
+    if ROWS == 1:
+        total = gl.where(odd, l0, u0) + other_lane(gl.where(odd, u0, l0), 1)
+        total += other_lane(total, 2)
+        store_float(at + (r + q % 2 * 8) * 4, total)
+    elif ROWS == 2:
+        first = gl.where(odd, l0, u0) + other_lane(gl.where(odd, u0, l0), 1)
+        second = gl.where(odd, l1, u1) + other_lane(gl.where(odd, u1, l1), 1)
+        total = gl.where(high, second, first) + other_lane(gl.where(high, first, second), 2)
+        store_float(at + q // 2 * 64 + (r + q % 2 * 8) * 4, total)
+    elif ROWS == 4:
+        at += q % 2 * 128 + (r + q // 2 * 8) * 4
+        store_float(at, gl.where(high, l0, u0) + other_lane(gl.where(high, u0, l0), 2))
+        store_float(at + 64, gl.where(high, l1, u1) + other_lane(gl.where(high, u1, l1), 2))
+    else:
+        at += q * 128 + r * 4
+        store_float(at, u0)
+        store_float(at + 64, u1)
+        store_float(at + 32, l0)
+        store_float(at + 96, l1)
+
+
+@gluon.jit
+def load_minus(at_0, at_1, slot_0, slot_1, part, RUN: gl.constexpr):
+    """The sums of x of the groups that a thread's two columns are of, less than zero; of columns without one, zero."""
+    one = load_float(at_0 + part * (RUN * 4))
+    two = load_float(at_1 + part * (RUN * 4))
+    return gl.where(slot_0 < RUN, one, 0.0), gl.where(slot_1 < RUN, two, 0.0)
+
+
+@gluon.jit
+def result_of(number, pid, PER_UNIT: gl.constexpr, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
+    """Which of its units, which row of x and which output one of a program's results is of."""
+    unit = number // (PER_UNIT * ROWS)
+    return (
+        unit,
+        number // PER_UNIT % ROWS,
+        (pid + unit * PROGRAMS) * PER_UNIT + number % PER_UNIT,
+    )
+
+
+@gluon.jit
+def act(x, ACTIVATION: gl.constexpr):
+    if ACTIVATION == "silu":
+        y = x / (1.0 + gl.exp(-x))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = x / (1.0 + gl.exp(-2.0 * inner))
+    return y
+
+
+@gluon.jit(do_not_specialize=["rows", "outputs"])
 def codes_ring_kernel(
-    x_ptr,  # [COLUMNS / 2], words of two bfloat16 numbers
-    w_ptr,  # [rows, COLUMNS / 2]
-    scales_ptr,  # [rows, COLUMNS / 128] bfloat16
+    x_ptr,  # [rows, COLUMNS / 2], words of two bfloat16 numbers
+    w_ptr,  # [O, COLUMNS / 2]
+    scales_ptr,  # [O, COLUMNS / 128] bfloat16 or float16
+    zeros_ptr,  # as many bytes
     out_ptr,
     bias_ptr,
     residual_ptr,
-    norm_ptr,  # as x
-    outputs,
+    norm_ptr,  # as a row of x
+    rows,
+    outputs,  # O, or half of it
+    x_stride,  # in words
+    out_stride,
+    residual_stride,
     eps,
     COLUMNS: gl.constexpr,
     ZERO: gl.constexpr,
+    FP16: gl.constexpr,  # of scales
+    HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
-    HAS_NORM: gl.constexpr,
+    HAS_NORM: gl.constexpr,  # of one row
     UNIT_OFFSET: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    ROWS: gl.constexpr,  # 1, 2, 4 or 8
     WARPS: gl.constexpr,
-    RUN: gl.constexpr,  # groups of a run, at most 8
+    RUN: gl.constexpr,  # groups of a run, at most 8 / ROWS
     AHEAD: gl.constexpr,  # runs that the ring holds
     HELD: gl.constexpr,  # whether x is kept in registers
-    HINT: gl.constexpr,  # bytes that the L2 cache is to fetch around those that are asked for, as PTX has it
+    HINT: gl.constexpr,  # what the L2 cache is to fetch around what is asked for
     PROGRAMS: gl.constexpr,
     UNITS: gl.constexpr,  # the most that a program has
     PDL: gl.constexpr,
@@ -277,183 +312,201 @@ def codes_ring_kernel(
     PER_UNIT: gl.constexpr = 8 if GATED else 16
     PITCH: gl.constexpr = 2 * GROUPS + 16  # bytes between rows of scales: eight of them in different banks
     PARTS: gl.constexpr = GROUPS // 8  # 16 bytes each, of a row of scales
+    ROW: gl.constexpr = COLUMNS // 2
     X: gl.constexpr = WARPS * TILES * 1024
-    ZEROS: gl.constexpr = X + 2 * COLUMNS + 64  # in other banks than x
-    SUMS: gl.constexpr = X + 2 * COLUMNS + 512
-    SQUARES: gl.constexpr = SUMS + 4 * GROUPS
-    SCALES: gl.constexpr = SQUARES + 4 * WARPS + (16 - 4 * (GROUPS + WARPS) % 16) % 16
-    PARTIAL: gl.constexpr = SCALES + UNITS * 16 * PITCH
-    BYTES: gl.constexpr = PARTIAL + UNITS * RUNS * WARPS * 64
+    NO_X: gl.constexpr = X + 2 * ROWS * COLUMNS
+    SUMS: gl.constexpr = NO_X + 512
+    SQUARES: gl.constexpr = SUMS + 4 * ROWS * GROUPS
+    SCALES: gl.constexpr = SQUARES + 64
+    ZEROS: gl.constexpr = SCALES + UNITS * 16 * PITCH
+    PARTIAL: gl.constexpr = ZEROS + (UNITS * 16 * GROUPS if HAS_ZEROS else 0)
+    BYTES: gl.constexpr = PARTIAL + UNITS * WARPS * ROWS * 64
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     whole = gl.allocate_shared_memory(gl.int32, [(BYTES + 255) // 256, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    zeros = gl.zeros([64], gl.int32, ONE)
-    whole.index((ZEROS - 64) // 256).store(zeros)
-    whole.index((ZEROS - 64) // 256 + 1).store(zeros)
+    nothing = gl.zeros([64], gl.int32, ONE)
+    whole.index(NO_X // 256).store(nothing)
+    whole.index(NO_X // 256 + 1).store(nothing)
     pid = gl.program_id(0)
     thread = gl.arange(0, THREADS, layout=ONE)
-    lane = thread % 32
     warp = thread // 32
-    r = lane // 4
-    q = lane % 4
-    base = _shared_base(thread * 0)
+    r = thread % 32 // 4
+    q = thread % 4
+    base = shared_base(thread * 0)
     units = (outputs // PER_UNIT - pid + PROGRAMS - 1) // PROGRAMS
 
     for i in gl.static_range((UNITS * 16 * PARTS + THREADS - 1) // THREADS):
         piece = thread + i * THREADS
         row = piece // PARTS
-        unit = row // 16
-        w_row = row_of(pid + unit * PROGRAMS, row % 16, outputs, GATED)
-        source = scales_ptr + w_row.to(gl.int64) * GROUPS + piece % PARTS * 8
-        copy_16(base + SCALES + row * PITCH + piece % PARTS * 16, source, (unit < units).to(gl.int32), "")
+        place = row_of(pid + row // 16 * PROGRAMS, row % 16, outputs, GATED) * GROUPS + piece % PARTS * 8
+        go = (row // 16 < units).to(gl.int32)
+        copy(base + SCALES + row * PITCH + piece % PARTS * 16, scales_ptr + place, go, 16, "")
+        if HAS_ZEROS:
+            copy(base + ZEROS + piece * 8, zeros_ptr + place, go, 8, "")
     commit(thread)
+    slot = base + warp * (TILES * 1024) + thread % 32 * 16
+    w_ptr += warp * (SHARE * 64) + q * 16
+    for i in gl.static_range(AHEAD):
+        codes = w_ptr + i % RUNS * (RUN * 64)
+        first = row_of(pid + i // RUNS * PROGRAMS, r, outputs, GATED) * ROW
+        second = row_of(pid + i // RUNS * PROGRAMS, r + 8, outputs, GATED) * ROW
+        ask_for_run(
+            slot + i * (RUN * 1024),
+            codes + first,
+            codes + second,
+            (i // RUNS < units).to(gl.int32) + thread * 0,
+            RUN,
+            HINT,
+        )
 
-    slot = base + warp * (TILES * 1024) + lane * 16
-    column = (warp * (SHARE * 64) + q * 16).to(gl.int64)
-    ROW: gl.constexpr = COLUMNS // 2
-    for run in gl.static_range(AHEAD):
-        unit = run // RUNS
-        first = row_of(pid + unit * PROGRAMS, r, outputs, GATED).to(gl.int64)
-        second = row_of(pid + unit * PROGRAMS, r + 8, outputs, GATED).to(gl.int64)
-        go = (unit < units).to(gl.int32) + thread * 0
-        for i in gl.static_range(RUN):
-            copy_16(slot + (run * RUN + i) * 1024, w_ptr + first * ROW + column + (run % RUNS * RUN + i) * 64, go, HINT)
-            copy_16(
-                slot + (run * RUN + i) * 1024 + 512,
-                w_ptr + second * ROW + column + (run % RUNS * RUN + i) * 64,
-                go,
-                HINT,
-            )
-            commit(thread)
-
-    CHUNKS: gl.constexpr = (COLUMNS // 8 + THREADS - 1) // THREADS
+    CHUNKS: gl.constexpr = (ROWS * COLUMNS // 8 + THREADS - 1) // THREADS  # of a thread
+    LAST: gl.constexpr = ROWS * COLUMNS // 8 - 1
     factors = ()
     if HAS_NORM:
         for i in gl.static_range(CHUNKS):
-            chunk = gl.minimum(thread + i * THREADS, COLUMNS // 8 - 1)
-            factors += (load_global_4(norm_ptr + chunk * 4),)
-    number = thread  # of one of the program's outputs
-    live = number < units * PER_UNIT
-    output = (pid + number // PER_UNIT * PROGRAMS) * PER_UNIT + number % PER_UNIT
-    bias, up_bias = thread * 0.0, thread * 0.0
+            factors += (load_global_4(norm_ptr + chunk_of(thread, i, THREADS, LAST) * 4),)
+    RESULTS: gl.constexpr = (UNITS * PER_UNIT * ROWS + THREADS - 1) // THREADS  # of a thread
+    biases = ()
     if HAS_BIAS:
-        bias = gl.load(bias_ptr + output, mask=live, other=0.0).to(gl.float32)
-        if GATED:
-            up_bias = gl.load(bias_ptr + outputs + output, mask=live, other=0.0).to(gl.float32)
-
+        for i in gl.static_range(RESULTS):
+            unit, m, n = result_of(thread + i * THREADS, pid, PER_UNIT, ROWS, PROGRAMS)
+            bias = gl.load(bias_ptr + n, mask=unit < units, other=0.0).to(gl.float32)
+            up_bias = bias
+            if GATED:
+                up_bias = gl.load(bias_ptr + outputs + n, mask=unit < units, other=0.0).to(gl.float32)
+            biases += ((bias, up_bias),)
     if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32,
-                                  is_pure=False, pack=1)  # fmt: skip
-        gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32,
-                                  is_pure=False, pack=1)  # fmt: skip
-
-    inputs = ()
-    for i in gl.static_range(CHUNKS):
-        chunk = gl.minimum(thread + i * THREADS, COLUMNS // 8 - 1)
-        inputs += (load_global_4(x_ptr + chunk * 4),)
-    residual = thread * 0.0
-    if HAS_RESIDUAL:
-        residual = gl.load(residual_ptr + output, mask=live, other=0.0).to(gl.float32)
+        launch_dependents_and_wait(thread)
 
     squares = thread * 0.0
-    for i in gl.static_range(CHUNKS):
-        a, b, c, d = inputs[i]
-        chunk = thread + i * THREADS
-        inside = chunk < COLUMNS // 8
-        if HAS_NORM:
-            square = low_float(a) * low_float(a) + high_float(a) * high_float(a)
-            square += low_float(b) * low_float(b) + high_float(b) * high_float(b)
-            square += low_float(c) * low_float(c) + high_float(c) * high_float(c)
-            square += low_float(d) * low_float(d) + high_float(d) * high_float(d)
-            squares += gl.where(inside, square, 0.0)
-            minus = thread * 0 - 2147450880  # -0, twice
-            fa, fb, fc, fd = factors[i]
-            if UNIT_OFFSET:
-                a, b, c, d = times(a, fa, a), times(b, fb, b), times(c, fc, c), times(d, fd, d)
-            else:
-                a, b, c, d = times(a, fa, minus), times(b, fb, minus), times(c, fc, minus), times(d, fd, minus)
-        total = low_float(a) + high_float(a) + low_float(b) + high_float(b)
-        total += low_float(c) + high_float(c) + low_float(d) + high_float(d)
-        total += other_lanes(total, 1)
-        total += other_lanes(total, 2)
-        total += other_lanes(total, 4)
-        total += other_lanes(total, 8)
-        # The last threads of a program may have no chunk; they write the last one's again.
-        chunk = gl.minimum(chunk, COLUMNS // 8 - 1)
-        store_4(
-            base + X + chunk // 16 * 256 + chunk % 4 * 64 + chunk // 4 % 4 * 16,
-            low_halves(a, c), high_halves(a, c), low_halves(b, d), high_halves(b, d),
-        )  # fmt: skip
-        at = base + SUMS + chunk // 16 * 4
-        store_float(gl.where(inside, at, base + BYTES - 4), total)
+    for i in gl.static_range(0, CHUNKS, 8):
+        inputs = ()
+        for j in gl.static_range(8):
+            if i + j < CHUNKS:
+                inputs += (
+                    load_inputs(
+                        x_ptr,
+                        chunk_of(thread, i + j, THREADS, LAST),
+                        rows,
+                        x_stride,
+                        COLUMNS,
+                    ),
+                )
+        for j in gl.static_range(8):
+            if i + j < CHUNKS:
+                words = inputs[j]
+                if HAS_NORM:
+                    squares += gl.where(thread + (i + j) * THREADS <= LAST, square_sum(words), 0.0)
+                    words = normed(words, factors[i + j], UNIT_OFFSET)
+                keep_inputs(words, chunk_of(thread, i + j, THREADS, LAST), base + X, base + SUMS)
+    residuals = ()
+    if HAS_RESIDUAL:
+        for i in gl.static_range(RESULTS):
+            unit, m, n = result_of(thread + i * THREADS, pid, PER_UNIT, ROWS, PROGRAMS)
+            source = residual_ptr + m.to(gl.int64) * residual_stride + n
+            residuals += (gl.load(source, mask=(unit < units) & (m < rows), other=0.0).to(gl.float32),)
     if HAS_NORM:
-        squares += other_lanes(squares, 1)
-        squares += other_lanes(squares, 2)
-        squares += other_lanes(squares, 4)
-        squares += other_lanes(squares, 8)
-        squares += other_lanes(squares, 16)
-        store_float(base + SQUARES + warp * 4, squares)
+        store_float(base + SQUARES + warp * 4, lane_sum(squares, 32))
     wait_for_all_but(thread, TILES)
     barrier()
 
-    minus_sums = ()
-    for part in gl.static_range(RUNS):
-        at = base + SUMS + (warp * SHARE + part * RUN + gl.minimum(2 * q, RUN - 1)) * 4
-        one = gl.where(2 * q < RUN, load_float(at) * (-128.0 - ZERO), 0.0)
-        at = base + SUMS + (warp * SHARE + part * RUN + gl.minimum(2 * q + 1, RUN - 1)) * 4
-        two = gl.where(2 * q + 1 < RUN, load_float(at) * (-128.0 - ZERO), 0.0)
-        minus_sums += ((one, two),)
-    own_x = base + X + (warp * SHARE + r) * 256 + q * 16
-    no_x = base + ZEROS + q * 16
-    scale_at = base + SCALES + r * PITCH + warp * SHARE * 2
-    scale_0 = scale_at + gl.minimum(2 * q, RUN - 1) * 2
-    scale_1 = scale_at + gl.minimum(2 * q + 1, RUN - 1) * 2
-    sum_at = base + PARTIAL + warp * 64 + (r + q % 2 * 8) * 4
-    odd = q % 2 == 1
+    column_slot = r // ROWS  # of the column that the thread loads x for, and of the two that it has sums of
+    own_x = base + X + (r % ROWS * GROUPS + warp * SHARE + column_slot) * 256 + q * 16
+    slot_0 = 2 * q // ROWS
+    slot_1 = (2 * q + 1) // ROWS
+    group_0 = warp * SHARE + gl.minimum(slot_0, RUN - 1)
+    group_1 = warp * SHARE + gl.minimum(slot_1, RUN - 1)
+    minus_0 = base + SUMS + (2 * q % ROWS * GROUPS + group_0) * 4
+    minus_1 = base + SUMS + ((2 * q + 1) % ROWS * GROUPS + group_1) * 4
+    minus = ()  # the sums of x of a run's groups, less than zero
+    if RUNS <= 2:
+        for part in gl.static_range(RUNS):
+            minus += (load_minus(minus_0, minus_1, slot_0, slot_1, part, RUN),)
+    no_x = base + NO_X + 64 + q * 16  # in other banks than x
     held = ()
     if HELD:
         for i in gl.static_range(RUN):
-            at = gl.where(r == i, own_x, no_x)
-            held += ((load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192)),)
-
+            held += (load_column(gl.where(column_slot == i, own_x, no_x)),)
     ring = 0  # the oldest run in the ring
     for unit in range(units):
+        total = (thread * 0.0, thread * 0.0, thread * 0.0, thread * 0.0)
         for part in gl.static_range(RUNS):
             coming = unit + (part + AHEAD) // RUNS  # the unit whose run is asked for
-            next_row = row_of(pid + coming * PROGRAMS, r, outputs, GATED).to(gl.int64)
-            lower_row = row_of(pid + coming * PROGRAMS, r + 8, outputs, GATED).to(gl.int64)
-            next_at = w_ptr + column + (part + AHEAD) % RUNS * (RUN * 64)
-            acc = run_sums(
-                minus_sums[part], slot + ring * (RUN * 1024), r, own_x + part * (RUN * 256), no_x, held,
-                next_at + next_row * ROW, next_at + lower_row * ROW, (coming < units).to(gl.int32) + thread * 0,
-                RUN, TILES, HELD, HINT,
-            )  # fmt: skip
-            shift = unit * (16 * PITCH) + part * RUN * 2
-            upper = (acc[0] + acc[4]) * load_bf16(scale_0 + shift) + (acc[1] + acc[5]) * load_bf16(scale_1 + shift)
-            shift += 8 * PITCH
-            lower = (acc[2] + acc[6]) * load_bf16(scale_0 + shift) + (acc[3] + acc[7]) * load_bf16(scale_1 + shift)
-            both = gl.where(odd, lower, upper) + other_lanes(gl.where(odd, upper, lower), 1)
-            both += other_lanes(both, 2)
-            store_float(sum_at + (unit * RUNS + part) * (WARPS * 64), both)
+            next_at = w_ptr + (part + AHEAD) % RUNS * (RUN * 64)
+            if RUNS <= 2:
+                m0, m1 = minus[part]
+            else:
+                m0, m1 = load_minus(minus_0, minus_1, slot_0, slot_1, part, RUN)
+            u0, u1, l0, l1 = run_sums(
+                m0 * (128.0 + ZERO),
+                m1 * (128.0 + ZERO),
+                slot + ring * (RUN * 1024),
+                column_slot,
+                own_x + part * (RUN * 256),
+                no_x,
+                next_at + row_of(pid + coming * PROGRAMS, r, outputs, GATED) * ROW,
+                next_at + row_of(pid + coming * PROGRAMS, r + 8, outputs, GATED) * ROW,
+                (coming < units).to(gl.int32) + thread * 0,
+                held,
+                RUN,
+                TILES,
+                HELD,
+                HINT,
+            )
+            row = unit * 16 + r
+            if HAS_ZEROS:
+                at = base + ZEROS + row * GROUPS + part * RUN
+                u0 += load_byte(at + group_0) * m0
+                l0 += load_byte(at + group_0 + 8 * GROUPS) * m0
+                u1 += load_byte(at + group_1) * m1
+                l1 += load_byte(at + group_1 + 8 * GROUPS) * m1
+            at = base + SCALES + row * PITCH + part * (RUN * 2)
+            upper = load_half(at + group_0 * 2, FP16)
+            lower = load_half(at + group_0 * 2 + 8 * PITCH, FP16)
+            if ROWS == 1:
+                u0 = u0 * upper + u1 * load_half(at + group_1 * 2, FP16)
+                l0 = l0 * lower + l1 * load_half(at + group_1 * 2 + 8 * PITCH, FP16)
+                total = (total[0] + u0, u1, total[2] + l0, l1)
+            else:
+                total = (
+                    total[0] + u0 * upper,
+                    total[1] + u1 * upper,
+                    total[2] + l0 * lower,
+                    total[3] + l1 * lower,
+                )
             ring = ring + 1
             ring = gl.where(ring == AHEAD, 0, ring) if AHEAD > 1 else 0
+        at = base + PARTIAL + (unit * WARPS + warp) * (ROWS * 64)
+        keep_sums(at, total[0], total[1], total[2], total[3], r, q, ROWS)
     barrier()
 
-    value, up = bias * 0.0, bias * 0.0
-    at = base + PARTIAL + gl.minimum(number // PER_UNIT, UNITS - 1) * (RUNS * WARPS * 64) + number % PER_UNIT * 4
-    for i in gl.static_range(RUNS * WARPS):
-        value += load_float(at + i * 64)
-        if GATED:
-            up += load_float(at + i * 64 + 32)
+    scale = thread * 0.0 + 1.0
     if HAS_NORM:
-        total = bias * 0.0
+        total_squares = thread * 0.0
         for i in gl.static_range(WARPS):
-            total += load_float(base + SQUARES + i * 4)
-        scale = gl.rsqrt(total / COLUMNS + eps)
+            total_squares += load_float(base + SQUARES + i * 4 + thread * 0)
+        scale = gl.rsqrt(total_squares / COLUMNS + eps)
+    for i in gl.static_range(RESULTS):
+        unit, m, n = result_of(thread + i * THREADS, pid, PER_UNIT, ROWS, PROGRAMS)
+        at = base + PARTIAL + (gl.minimum(unit, UNITS - 1) * WARPS * ROWS + m) * 64 + thread % PER_UNIT * 4
+        value, up = thread * 0.0, thread * 0.0
+        for j in gl.static_range(WARPS):
+            value += load_float(at + j * (ROWS * 64))
+            if GATED:
+                up += load_float(at + j * (ROWS * 64) + 32)
         value *= scale
-        up *= scale
-    value += bias
-    if GATED:
-        value = gated(value, up + up_bias, ACTIVATION)
-    value += residual
-    gl.store(out_ptr + output, value.to(out_ptr.dtype.element_ty), mask=live)
+        if HAS_BIAS:
+            value += biases[i][0]
+        if GATED:
+            up *= scale
+            if HAS_BIAS:
+                up += biases[i][1]
+            value = act(value, ACTIVATION) * up
+        if HAS_RESIDUAL:
+            value += residuals[i]
+        live = (unit < units) & (m < rows)
+        gl.store(
+            out_ptr + m.to(gl.int64) * out_stride + n,
+            value.to(out_ptr.dtype.element_ty),
+            mask=live,
+        )
     whole._keep_alive()
