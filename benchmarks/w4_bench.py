@@ -43,29 +43,25 @@ def configs(shape: Shape, rows: int) -> Iterator[CodesRingConfig]:
     one, two = num_multiprocessors(DEVICE), 2 * num_multiprocessors(DEVICE)
     if rows > 1:
         if shape.inputs <= 4096:
-            yield CodesRingConfig(8, 8 // rows if rows > 2 else 4, rows, programs=one)
+            for wide in (0, 2):
+                yield CodesRingConfig(8, 8 // rows if rows > 2 else 4, rows, one, wide)
         elif rows <= 4:
-            yield CodesRingConfig(8, 2, 3, programs=one)
+            yield CodesRingConfig(8, 2, 3, one, 2)
         return
     if shape.inputs % 8192 == 6144:  # 112 groups
-        yield CodesRingConfig(8, 7, 1, programs=one)
-        yield CodesRingConfig(8, 7, 1, programs=one, hint=".L2::256B")
-        yield CodesRingConfig(8, 7, 1, programs=two)
-        yield CodesRingConfig(8, 7, 2, programs=one)
-        yield CodesRingConfig(16, 7, 1, programs=one, registers=64)
-        yield CodesRingConfig(4, 7, 1, programs=two)
-        yield CodesRingConfig(4, 7, 2, programs=two)
+        for wide in range(4):
+            yield CodesRingConfig(8, 7, 1, one, wide)
+        yield CodesRingConfig(8, 2, 5, one, 2)
+        yield CodesRingConfig(16, 7, 1, one, 2, 64)
+        yield CodesRingConfig(4, 7, 2, two, 2)
         return
-    yield CodesRingConfig(8, 4, 2, programs=one)
-    yield CodesRingConfig(8, 4, 2, programs=one, hint=".L2::256B")
-    yield CodesRingConfig(8, 4, 2, programs=one, hint="")
-    yield CodesRingConfig(8, 4, 2, held=True, programs=one)
-    yield CodesRingConfig(8, 4, 3, programs=one)
-    yield CodesRingConfig(8, 4, 1, programs=two)
-    yield CodesRingConfig(16, 2, 2, programs=one, registers=64)
-    yield CodesRingConfig(16, 2, 3, programs=one, registers=64)
-    yield CodesRingConfig(4, 8, 1, programs=two)
-    yield CodesRingConfig(4, 8, 2, programs=two)
+    for wide in range(4):
+        yield CodesRingConfig(8, 4, 2, one, wide)
+    yield CodesRingConfig(8, 4, 3, one, 2)
+    yield CodesRingConfig(16, 2, 2, one, 2, 64)
+    yield CodesRingConfig(4, 8, 2, two)
+    yield CodesRingConfig(4, 8, 2, two, 2)
+    yield CodesRingConfig(4, 4, 3, two, 2)
 
 
 def variants(shape: Shape, codes: Codes, rows: int) -> Iterator[tuple[str, Call]]:
@@ -73,7 +69,7 @@ def variants(shape: Shape, codes: Codes, rows: int) -> Iterator[tuple[str, Call]
     assert isinstance(gemv, CodesGemvConfig)
     yield "gemv", partial(codes_gemv, config=gemv, pdl=True)
     for number, config in enumerate(configs(shape, rows)):
-        yield f"ring {' '.join(map(str, config[:5]))} {config.hint}", partial(codes_ring, config=config, pdl=True)
+        yield f"ring {' '.join(map(str, config[:5]))}", partial(codes_ring, config=config, pdl=True)
         if number == 0 and rows == 1:
             yield "  launched after the one before", partial(codes_ring, config=config)
             yield "  copies alone, no products", partial(without_products, config=config, pdl=True)
@@ -94,7 +90,7 @@ def _without_products() -> Any:
     source = Path(codes_ring_kernels.__file__).read_text()
     moves = "".join(f"mov.f32 ${i}, ${i + 32}; " for i in range(8))
     place = Path(gettempdir()) / "w4_bench_without_products.py"
-    place.write_text(source.replace("gl.constexpr(_tile_assembly())", f"gl.constexpr({moves!r})"))
+    place.write_text(source.replace("gl.constexpr(_tile_assembly(wide))", f"gl.constexpr({moves!r})"))
     spec = spec_from_file_location("w4_bench_without_products", place)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -176,11 +172,36 @@ def bench_layer(shapes: list[Shape], fastest: list[tuple[Call, Call]]) -> None:
     layers = [[random_codes(FORMATS["gptq"], shape) for shape in shapes] for _ in range(4)]
     xs = [torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16) for shape in shapes]
     outs = [torch.empty(1, shape.outputs, device=DEVICE, dtype=BF16) for shape in shapes]
-    for way, name in enumerate(("gemv", "ring")):
+    one, two = num_multiprocessors(DEVICE), 2 * num_multiprocessors(DEVICE)
+    ways: dict[str, list[Call]] = {
+        "gemv": [gemv for gemv, _ in fastest],
+        "the fastest of each": [ring for _, ring in fastest],
+    }
+    given = [options(shape, True, 1) for shape in shapes]
+    wide = [CodesRingConfig(4, 8, 2, two, w) for w in range(4)]
+    for w in range(4):
+        small, deep, long = (
+            CodesRingConfig(8, 4, 2, one, w),
+            CodesRingConfig(8, 4, 3, one, w),
+            CodesRingConfig(8, 7, 1, one, w),
+        )
+        cuts = {"8 4 2": [small, small, small, long]}
+        if w in (0, 2):
+            cuts["gate 8 4 3"] = [small, small, deep, long]
+            cuts["gate 4 8 2"] = [small, small, wide[w], long]
+            cuts["o 4 8 2"] = [small, wide[w], small, long]
+            cuts["o 4 8 2, gate 8 4 3"] = [small, wide[w], deep, long]
+            cuts["o and gate 4 8 2"] = [small, wide[w], wide[w], long]
+        for name, configs in cuts.items():
+            ways[f"{name}, wide {w}"] = [
+                partial(codes_ring, config=config, pdl=True, **more)
+                for config, more in zip(configs, given, strict=True)
+            ]
+    for name, four in ways.items():
         calls: list[Callable[[], object]] = [
-            partial(both[way], x, codes, out=out)
+            partial(call, x, codes, out=out)
             for layer in layers * 2
-            for both, x, codes, out in zip(fastest, xs, layer, outs, strict=True)
+            for call, x, codes, out in zip(four, xs, layer, outs, strict=True)
         ]
         row(f"a layer, {name}", "", f"{graph_us(calls) * len(shapes):.2f}")
 
@@ -203,7 +224,7 @@ def main() -> None:
     for builder in builders:
         builder.wait()
     print(f"{torch.cuda.get_device_name()}, compiled in {time.monotonic() - started:.0f} s", flush=True)
-    row("warps, run, ahead, held, programs, hint", "error", "us", "TB/s")
+    row("warps, run, ahead, programs, wide", "error", "us", "TB/s")
     bench_layer(args.shapes, [bench(shape) for shape in args.shapes])
     print(f"{time.monotonic() - started:.0f} s")
 

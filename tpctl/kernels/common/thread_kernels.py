@@ -35,9 +35,9 @@ def launch_dependents_and_wait(like):
 
 
 @gluon.jit
-def copy(to, source, go, BYTES: gl.constexpr, HINT: gl.constexpr):
+def copy(to, source, go, BYTES: gl.constexpr):
     """Ask for 8 or 16 bytes to come from global to shared memory, where ``go`` is not 0."""
-    COPY: gl.constexpr = ("cp.async.cg" if BYTES == 16 else "cp.async.ca") + ".shared.global" + HINT
+    COPY: gl.constexpr = "cp.async.cg.shared.global.L2::128B" if BYTES == 16 else "cp.async.ca.shared.global"
     gl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p {COPY} [$1], [$2], {BYTES}; mov.b32 $0, 0; }}",
         "=r,r,l,r",

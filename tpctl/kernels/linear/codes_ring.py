@@ -24,9 +24,8 @@ class CodesRingConfig(NamedTuple):
     num_warps: int
     run: int
     ahead: int
-    held: bool = False
     programs: int = 132
-    hint: str = ".L2::128B"
+    wide: int = 0
     registers: int = 128
 
 
@@ -93,8 +92,7 @@ def codes_ring(
         WARPS=config.num_warps,
         RUN=config.run,
         AHEAD=config.ahead,
-        HELD=config.held,
-        HINT=config.hint,
+        WIDE=config.wide,
         PROGRAMS=programs,
         UNITS=-(-units // programs),
         PDL=pdl,

@@ -39,24 +39,23 @@ from tpctl.kernels.common.thread_kernels import (
 )
 
 
-def _tile_assembly() -> str:
+def _tile_assembly(wide: int) -> str:
     """Sums of a tile. $0 to $7: two accumulators; $8 to $11, $12 to $15: words of codes of rows r and r + 8; $16 to
-    $31: words of x; $32 to $39: the accumulators before. A code c is the bfloat16 number 128 + c."""
-    names = [f"{name}{i}" for name in ("a", "b") for i in range(4)] + ["s"]
-    body = [
-        f".reg .b32 {', '.join(names)};",
-        f".reg .f32 {', '.join(f'c{i}' for i in range(8))};",
-    ]
+    $31: words of x; $32 to $39: the accumulators before; $40 to $42: 2^28, 2^24 and 2^20. A code c is the bfloat16
+    number 128 + c."""
+    names = [f"{name}{i}" for name in ("a", "b") for i in range(4)] + ["s", "t"]
+    body = [f".reg .b32 {', '.join(names)};", ".reg .b64 d;", f".reg .f32 {', '.join(f'c{i}' for i in range(8))};"]
     body += [f"mov.f32 c{i}, ${32 + i};" for i in range(8)]
     for word in range(4):
         for row, name in enumerate("ab"):
             source = f"${8 + 4 * row + word}"
             body.append(f"lop3.b32 {name}0, {source}, 0x000f000f, 0x43004300, 0xEA;")
             for i in range(1, 4):
-                body += [
-                    f"shr.u32 s, {source}, {4 * i};",
-                    f"lop3.b32 {name}{i}, s, 0x000f000f, 0x43004300, 0xEA;",
-                ]
+                if i > 3 - wide:
+                    body += [f"mul.wide.u32 d, {source}, ${39 + i};", "mov.b64 {t, s}, d;"]
+                else:
+                    body += [f"shr.u32 s, {source}, {4 * i};"]
+                body += [f"lop3.b32 {name}{i}, s, 0x000f000f, 0x43004300, 0xEA;"]
         for half in range(2):
             sums = ", ".join(f"c{4 * half + i}" for i in range(4))
             one, two, x = 2 * half, 2 * half + 1, 16 + 4 * word + 2 * half
@@ -68,23 +67,26 @@ def _tile_assembly() -> str:
     return "\n".join(["{", *body, "}"])
 
 
-_TILE = gl.constexpr(_tile_assembly())
-_TILE_OPERANDS = gl.constexpr(",".join(["=f"] * 8 + ["r"] * 24 + ["f"] * 8))
+_TILES = [gl.constexpr(_tile_assembly(wide)) for wide in range(4)]
+_TILE_0, _TILE_1, _TILE_2, _TILE_3 = _TILES
+_TILE_OPERANDS = gl.constexpr(",".join(["=f"] * 8 + ["r"] * 24 + ["f"] * 8 + ["r"] * 3))
 
 
 @gluon.jit
-def tile_sums(acc, w, v, x0, x1, x2, x3):
+def tile_sums(acc, w, v, x0, x1, x2, x3, multipliers, WIDE: gl.constexpr):
     """Two accumulators and a tile's products: codes w and v of a thread's two rows, x in words."""
     floats: gl.constexpr = (
         gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32
     )  # fmt: skip
+    ASSEMBLY: gl.constexpr = _TILE_0 if WIDE == 0 else _TILE_1 if WIDE == 1 else _TILE_2 if WIDE == 2 else _TILE_3
     return gl.inline_asm_elementwise(
-        _TILE,
+        ASSEMBLY,
         _TILE_OPERANDS,
         [w[0], w[1], w[2], w[3], v[0], v[1], v[2], v[3],
          x0[0], x0[1], x0[2], x0[3], x1[0], x1[1], x1[2], x1[3],
          x2[0], x2[1], x2[2], x2[3], x3[0], x3[1], x3[2], x3[3],
-         acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7]],
+         acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7],
+         multipliers[0], multipliers[1], multipliers[2]],
         dtype=floats,
         is_pure=True,
         pack=1,
@@ -102,17 +104,11 @@ def row_of(unit, within, outputs, GATED: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_run(slot, first, second, go, RUN: gl.constexpr, HINT: gl.constexpr):
+def ask_for_run(slot, first, second, go, RUN: gl.constexpr):
     for i in gl.static_range(RUN):
-        copy(slot + i * 1024, first + i * 64, go, 16, HINT)
-        copy(slot + i * 1024 + 512, second + i * 64, go, 16, HINT)
+        copy(slot + i * 1024, first + i * 64, go, 16)
+        copy(slot + i * 1024 + 512, second + i * 64, go, 16)
         commit(slot)
-
-
-@gluon.jit
-def load_column(at):
-    """A group's inputs of a thread."""
-    return load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192)
 
 
 @gluon.jit
@@ -126,11 +122,10 @@ def run_sums(
     first,
     second,
     go,
-    held,
+    multipliers,
     RUN: gl.constexpr,
     TILES: gl.constexpr,
-    HELD: gl.constexpr,
-    HINT: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """The sums of a run that lies in the ring at ``slot``, in place of which the run at ``first`` and ``second`` is
     asked for: of rows r and r + 8, each of two columns, which begin with start_0 and start_1."""
@@ -140,13 +135,10 @@ def run_sums(
         wait_for_all_but(slot, TILES - 1)
         w = load_4(slot + i * 1024)
         v = load_4(slot + i * 1024 + 512)
-        if HELD:
-            x = held[i]
-        else:
-            x = load_column(gl.where(column_slot == i, own_x, no_x))
-        acc = tile_sums(acc, w, v, x[0], x[1], x[2], x[3])
-        copy(slot + i * 1024, first + i * 64, go, 16, HINT)
-        copy(slot + i * 1024 + 512, second + i * 64, go, 16, HINT)
+        at = gl.where(column_slot == i, own_x, no_x)
+        acc = tile_sums(acc, w, v, load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192), multipliers, WIDE)
+        copy(slot + i * 1024, first + i * 64, go, 16)
+        copy(slot + i * 1024 + 512, second + i * 64, go, 16)
         commit(slot)
     return acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7]
 
@@ -197,19 +189,32 @@ def normed(words, factors, UNIT_OFFSET: gl.constexpr):
 
 
 @gluon.jit
-def keep_inputs(words, chunk, x_at, sums_at):
-    """Leave eight inputs where products take them from, in the order of a word of codes, and their group's sum."""
+def input_sum(words):
     a, b, c, d = words
     total = low_float(a) + high_float(a) + low_float(b) + high_float(b)
-    total = lane_sum(total + low_float(c) + high_float(c) + low_float(d) + high_float(d), 16)
+    return total + low_float(c) + high_float(c) + low_float(d) + high_float(d)
+
+
+@gluon.jit
+def added(totals, DISTANCE: gl.constexpr):
+    """Each with what the lane has for it whose number differs in one bit."""
+    sums = ()
+    for i in gl.static_range(len(totals)):
+        sums += (totals[i] + other_lane(totals[i], DISTANCE),)
+    return sums
+
+
+@gluon.jit
+def keep_inputs(words, at, chunk):
+    """Leave eight inputs where products take them from, in the order of a word of codes."""
+    a, b, c, d = words
     store_4(
-        x_at + chunk // 16 * 256 + chunk % 4 * 64 + chunk // 4 % 4 * 16,
+        at + chunk // 16 * 256 + chunk % 4 * 64 + chunk // 4 % 4 * 16,
         low_halves(a, c),
         high_halves(a, c),
         low_halves(b, d),
         high_halves(b, d),
     )
-    store_float(sums_at + chunk // 16 * 4, -total)
 
 
 @gluon.jit
@@ -297,8 +302,7 @@ def codes_ring_kernel(
     WARPS: gl.constexpr,
     RUN: gl.constexpr,  # groups of a run, at most 8 / ROWS
     AHEAD: gl.constexpr,  # runs that the ring holds
-    HELD: gl.constexpr,  # whether x is kept in registers
-    HINT: gl.constexpr,  # what the L2 cache is to fetch around what is asked for
+    WIDE: gl.constexpr,  # of three shifts of a word those that are products, which the other pipe does
     PROGRAMS: gl.constexpr,
     UNITS: gl.constexpr,  # the most that a program has
     PDL: gl.constexpr,
@@ -317,7 +321,8 @@ def codes_ring_kernel(
     NO_X: gl.constexpr = X + 2 * ROWS * COLUMNS
     SUMS: gl.constexpr = NO_X + 512
     SQUARES: gl.constexpr = SUMS + 4 * ROWS * GROUPS
-    SCALES: gl.constexpr = SQUARES + 64
+    MULTIPLIERS: gl.constexpr = SQUARES + 64
+    SCALES: gl.constexpr = MULTIPLIERS + 16
     ZEROS: gl.constexpr = SCALES + UNITS * 16 * PITCH
     PARTIAL: gl.constexpr = ZEROS + (UNITS * 16 * GROUPS if HAS_ZEROS else 0)
     BYTES: gl.constexpr = PARTIAL + UNITS * WARPS * ROWS * 64
@@ -339,9 +344,9 @@ def codes_ring_kernel(
         row = piece // PARTS
         place = row_of(pid + row // 16 * PROGRAMS, row % 16, outputs, GATED) * GROUPS + piece % PARTS * 8
         go = (row // 16 < units).to(gl.int32)
-        copy(base + SCALES + row * PITCH + piece % PARTS * 16, scales_ptr + place, go, 16, "")
+        copy(base + SCALES + row * PITCH + piece % PARTS * 16, scales_ptr + place, go, 16)
         if HAS_ZEROS:
-            copy(base + ZEROS + piece * 8, zeros_ptr + place, go, 8, "")
+            copy(base + ZEROS + piece * 8, zeros_ptr + place, go, 8)
     commit(thread)
     slot = base + warp * (TILES * 1024) + thread % 32 * 16
     w_ptr += warp * (SHARE * 64) + q * 16
@@ -355,7 +360,6 @@ def codes_ring_kernel(
             codes + second,
             (i // RUNS < units).to(gl.int32) + thread * 0,
             RUN,
-            HINT,
         )
 
     CHUNKS: gl.constexpr = (ROWS * COLUMNS // 8 + THREADS - 1) // THREADS  # of a thread
@@ -374,6 +378,9 @@ def codes_ring_kernel(
             if GATED:
                 up_bias = gl.load(bias_ptr + outputs + n, mask=unit < units, other=0.0).to(gl.float32)
             biases += ((bias, up_bias),)
+    store_4(
+        base + MULTIPLIERS + thread * 0, thread * 0 + (1 << 28), thread * 0 + (1 << 24), thread * 0 + (1 << 20), thread
+    )
     if PDL:
         launch_dependents_and_wait(thread)
 
@@ -391,13 +398,19 @@ def codes_ring_kernel(
                         COLUMNS,
                     ),
                 )
+        totals = ()
         for j in gl.static_range(8):
             if i + j < CHUNKS:
                 words = inputs[j]
                 if HAS_NORM:
                     squares += gl.where(thread + (i + j) * THREADS <= LAST, square_sum(words), 0.0)
                     words = normed(words, factors[i + j], UNIT_OFFSET)
-                keep_inputs(words, chunk_of(thread, i + j, THREADS, LAST), base + X, base + SUMS)
+                totals += (input_sum(words),)
+                keep_inputs(words, base + X, chunk_of(thread, i + j, THREADS, LAST))
+        totals = added(added(added(added(totals, 1), 2), 4), 8)  # of a group's 16 lanes
+        for j in gl.static_range(8):
+            if i + j < CHUNKS:
+                store_float(base + SUMS + chunk_of(thread, i + j, THREADS, LAST) // 16 * 4, -totals[j])
     residuals = ()
     if HAS_RESIDUAL:
         for i in gl.static_range(RESULTS):
@@ -422,10 +435,7 @@ def codes_ring_kernel(
         for part in gl.static_range(RUNS):
             minus += (load_minus(minus_0, minus_1, slot_0, slot_1, part, RUN),)
     no_x = base + NO_X + 64 + q * 16  # in other banks than x
-    held = ()
-    if HELD:
-        for i in gl.static_range(RUN):
-            held += (load_column(gl.where(column_slot == i, own_x, no_x)),)
+    multipliers = load_4(base + MULTIPLIERS + thread * 0)
     ring = 0  # the oldest run in the ring
     for unit in range(units):
         total = (thread * 0.0, thread * 0.0, thread * 0.0, thread * 0.0)
@@ -446,11 +456,10 @@ def codes_ring_kernel(
                 next_at + row_of(pid + coming * PROGRAMS, r, outputs, GATED) * ROW,
                 next_at + row_of(pid + coming * PROGRAMS, r + 8, outputs, GATED) * ROW,
                 (coming < units).to(gl.int32) + thread * 0,
-                held,
+                multipliers,
                 RUN,
                 TILES,
-                HELD,
-                HINT,
+                WIDE,
             )
             row = unit * 16 + r
             if HAS_ZEROS:
