@@ -37,13 +37,14 @@ CASES = [
 
 @pytest.mark.parametrize("parts", ["plain", "bias+residual", "norm", "all"])
 @pytest.mark.parametrize("rows,out_features,in_features,config", CASES)
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "fp8 channel"])
 def test_matches_reference(name, rows, out_features, in_features, config, parts):
     if rows > 1 and parts == "norm":
         pytest.skip("a launch of its own")
     weight_rows = 2 * out_features if parts == "all" else out_features
     codes = codes_of(name, weight_rows, in_features, seed=rows)
-    codes = replace(codes, scales=codes.scales.to(torch.float16 if parts == "plain" else torch.bfloat16))
+    if codes.kind == "uint4":
+        codes = replace(codes, scales=codes.scales.to(torch.float16 if parts == "plain" else torch.bfloat16))
     torch.manual_seed(rows)
     dtype = torch.bfloat16
     x = torch.randn(rows, in_features + 8).to(DEVICE, dtype)[:, :in_features]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tpctl.kernels.common.activation import Activation
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.linear.codes_linear import as_bytes
 from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
 
 
@@ -30,16 +31,16 @@ class CodesRingConfig(NamedTuple):
 
 
 def takes_ring(codes: Codes) -> bool:
-    """Whether the kernel can read such codes."""
-    return (
-        codes.kind == "uint4"
-        and codes.unit == 128
-        and codes.first == 0
-        and codes.columns % 1024 == 0
-        and codes.outputs % 16 == 0
-        and codes.scales.dtype in (torch.bfloat16, torch.float16)
-        and codes.rows is codes.groups is codes.factors is None
-    )
+    """Whether the kernel can read such codes: integers of 4 bits in groups of 128, or e4m3 with a scale a row."""
+    if codes.columns % 1024 or codes.outputs % 16 or codes.rows is not None or codes.groups is not None:
+        return False
+    if codes.factors is not None:
+        return False
+    if codes.kind == "uint4":
+        of_groups = codes.unit == 128 and codes.first == 0 and codes.scales.shape[-1] == codes.columns // 128
+        return of_groups and codes.scales.dtype in (torch.bfloat16, torch.float16)
+    shifts = codes.zeros is not None or codes.zero != 0
+    return codes.kind == "e4m3" and not shifts and codes.scales.shape[-1] == 1 and codes.scales.dtype.itemsize > 1
 
 
 def codes_ring(
@@ -66,9 +67,9 @@ def codes_ring(
     programs = min(config.programs, units)
     codes_ring_kernel[(programs,)](
         x_TK.view(torch.int32),
-        codes.values,
+        as_bytes(codes.values, x_TK),
         codes.scales,
-        codes.zeros if codes.zeros is not None else codes.values,
+        as_bytes(codes.zeros, codes.values.view(torch.uint8)),
         out,
         bias_O if bias_O is not None else x_TK,
         residual_TO if residual_TO is not None else x_TK,
@@ -79,6 +80,7 @@ def codes_ring(
         out.stride(0),
         residual_TO.stride(0) if residual_TO is not None else 0,
         norm[1] if norm is not None else 0.0,
+        KIND=codes.kind,
         COLUMNS=codes.columns,
         ZERO=0 if codes.zeros is not None else codes.zero,
         FP16=codes.scales.dtype == torch.float16,

@@ -67,13 +67,37 @@ def _tile_assembly(wide: int) -> str:
     return "\n".join(["{", *body, "}"])
 
 
+def _e4m3_assembly() -> str:
+    """Sums of half a tile of e4m3, operands as above but eight words of x, $16 to $23. Numbers are 2^-120 of what they
+    stand for, and 0x7f, which is no number, is 480."""
+    names = [f"{name}{i}" for name in ("a", "b") for i in range(2)] + ["s", "t"]
+    body = [f".reg .b32 {', '.join(names)};", f".reg .f32 {', '.join(f'c{i}' for i in range(8))};"]
+    body += [f"mov.f32 c{i}, ${24 + i};" for i in range(8)]
+    for word in range(4):
+        for row, name in enumerate("ab"):
+            source = f"${8 + 4 * row + word}"
+            body += [f"shl.b32 t, {source}, 8;", f"shl.b32 s, {source}, 4;", "and.b32 s, s, 0x07f007f0;"]
+            body += [f"lop3.b32 {name}0, t, 0x80008000, s, 0xEA;"]
+            body += [f"shr.u32 s, {source}, 4;", "and.b32 s, s, 0x07f007f0;"]
+            body += [f"lop3.b32 {name}1, {source}, 0x80008000, s, 0xEA;"]
+        sums = ", ".join(f"c{4 * (word % 2) + i}" for i in range(4))
+        body.append(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{sums}}}, {{a0, b0, a1, b1}}, "
+            f"{{${16 + 2 * word}, ${17 + 2 * word}}}, {{{sums}}};"
+        )
+    body += [f"mov.f32 ${i}, c{i};" for i in range(8)]
+    return "\n".join(["{", *body, "}"])
+
+
 _TILES = [gl.constexpr(_tile_assembly(wide)) for wide in range(4)]
 _TILE_0, _TILE_1, _TILE_2, _TILE_3 = _TILES
 _TILE_OPERANDS = gl.constexpr(",".join(["=f"] * 8 + ["r"] * 24 + ["f"] * 8 + ["r"] * 3))
+_E4M3 = gl.constexpr(_e4m3_assembly())
+_E4M3_OPERANDS = gl.constexpr(",".join(["=f"] * 8 + ["r"] * 16 + ["f"] * 8))
 
 
 @gluon.jit
-def tile_sums(acc, w, v, x0, x1, x2, x3, multipliers, WIDE: gl.constexpr):
+def uint4_sums(acc, w, v, x0, x1, x2, x3, multipliers, WIDE: gl.constexpr):
     """Two accumulators and a tile's products: codes w and v of a thread's two rows, x in words."""
     floats: gl.constexpr = (
         gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32
@@ -94,6 +118,24 @@ def tile_sums(acc, w, v, x0, x1, x2, x3, multipliers, WIDE: gl.constexpr):
 
 
 @gluon.jit
+def e4m3_sums(acc, w, v, x0, x1):
+    """The same of half a tile of e4m3."""
+    floats: gl.constexpr = (
+        gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32
+    )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        _E4M3,
+        _E4M3_OPERANDS,
+        [w[0], w[1], w[2], w[3], v[0], v[1], v[2], v[3],
+         x0[0], x0[1], x0[2], x0[3], x1[0], x1[1], x1[2], x1[3],
+         acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7]],
+        dtype=floats,
+        is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def row_of(unit, within, outputs, GATED: gl.constexpr):
     """The row of W of one of a unit's 16; of gated ones the last eight are the up halves of the first."""
     if GATED:
@@ -104,11 +146,12 @@ def row_of(unit, within, outputs, GATED: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_run(slot, first, second, go, RUN: gl.constexpr):
-    for i in gl.static_range(RUN):
+def ask_for_tile(slot, first, second, go, HALVES: gl.constexpr):
+    """Ask for a thread's part of a tile, 16 bytes of each 64 of two rows."""
+    for i in gl.static_range(HALVES):
         copy(slot + i * 1024, first + i * 64, go, 16)
         copy(slot + i * 1024 + 512, second + i * 64, go, 16)
-        commit(slot)
+    commit(slot)
 
 
 @gluon.jit
@@ -126,6 +169,7 @@ def run_sums(
     RUN: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """The sums of a run that lies in the ring at ``slot``, in place of which the run at ``first`` and ``second`` is
     asked for: of rows r and r + 8, each of two columns, which begin with start_0 and start_1."""
@@ -133,13 +177,16 @@ def run_sums(
     acc = (start_0, start_1, start_0, start_1, nothing, nothing, nothing, nothing)
     for i in gl.static_range(RUN):
         wait_for_all_but(slot, TILES - 1)
-        w = load_4(slot + i * 1024)
-        v = load_4(slot + i * 1024 + 512)
+        here = slot + i * (1024 * HALVES)
+        w, v = load_4(here), load_4(here + 512)
         at = gl.where(column_slot == i, own_x, no_x)
-        acc = tile_sums(acc, w, v, load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192), multipliers, WIDE)
-        copy(slot + i * 1024, first + i * 64, go, 16)
-        copy(slot + i * 1024 + 512, second + i * 64, go, 16)
-        commit(slot)
+        x0, x1, x2, x3 = load_4(at), load_4(at + 64), load_4(at + 128), load_4(at + 192)
+        if HALVES == 1:
+            acc = uint4_sums(acc, w, v, x0, x1, x2, x3, multipliers, WIDE)
+        else:
+            acc = e4m3_sums(acc, w, v, x0, x1)
+            acc = e4m3_sums(acc, load_4(here + 1024), load_4(here + 1536), x2, x3)
+        ask_for_tile(here, first + i * (64 * HALVES), second + i * (64 * HALVES), go, HALVES)
     return acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7]
 
 
@@ -205,16 +252,30 @@ def added(totals, DISTANCE: gl.constexpr):
 
 
 @gluon.jit
-def keep_inputs(words, at, chunk):
-    """Leave eight inputs where products take them from, in the order of a word of codes."""
+def lifted(words):
+    """Inputs times 2^64."""
     a, b, c, d = words
-    store_4(
-        at + chunk // 16 * 256 + chunk % 4 * 64 + chunk // 4 % 4 * 16,
-        low_halves(a, c),
-        high_halves(a, c),
-        low_halves(b, d),
-        high_halves(b, d),
+    none = a * 0 - 2147450880  # -0, twice
+    factor = a * 0 + 0x5F805F80
+    return (
+        times_plus(a, factor, none),
+        times_plus(b, factor, none),
+        times_plus(c, factor, none),
+        times_plus(d, factor, none),
     )
+
+
+@gluon.jit
+def keep_inputs(words, at, chunk, HALVES: gl.constexpr):
+    """Leave eight inputs where products take them from, in the order of a word of codes, or of two."""
+    a, b, c, d = words
+    at += chunk // 16 * 256
+    if HALVES == 1:
+        at += chunk % 4 * 64 + chunk // 4 % 4 * 16
+        store_4(at, low_halves(a, c), high_halves(a, c), low_halves(b, d), high_halves(b, d))
+    else:
+        at += chunk // 8 % 2 * 128 + chunk % 2 * 64 + chunk // 2 % 4 * 16
+        store_4(at, low_halves(a, b), high_halves(a, b), low_halves(c, d), high_halves(c, d))
 
 
 @gluon.jit
@@ -276,8 +337,8 @@ def act(x, ACTIVATION: gl.constexpr):
 @gluon.jit(do_not_specialize=["rows", "outputs"])
 def codes_ring_kernel(
     x_ptr,  # [rows, COLUMNS / 2], words of two bfloat16 numbers
-    w_ptr,  # [O, COLUMNS / 2]
-    scales_ptr,  # [O, COLUMNS / 128] bfloat16 or float16
+    w_ptr,  # [O, COLUMNS / 2] or [O, COLUMNS] bytes
+    scales_ptr,  # of 4 bits [O, COLUMNS / 128] bfloat16 or float16, of e4m3 [O]
     zeros_ptr,  # as many bytes
     out_ptr,
     bias_ptr,
@@ -289,6 +350,7 @@ def codes_ring_kernel(
     out_stride,
     residual_stride,
     eps,
+    KIND: gl.constexpr,  # "uint4" or "e4m3"
     COLUMNS: gl.constexpr,
     ZERO: gl.constexpr,
     FP16: gl.constexpr,  # of scales
@@ -316,14 +378,15 @@ def codes_ring_kernel(
     PER_UNIT: gl.constexpr = 8 if GATED else 16
     PITCH: gl.constexpr = 2 * GROUPS + 16  # bytes between rows of scales: eight of them in different banks
     PARTS: gl.constexpr = GROUPS // 8  # 16 bytes each, of a row of scales
-    ROW: gl.constexpr = COLUMNS // 2
-    X: gl.constexpr = WARPS * TILES * 1024
+    HALVES: gl.constexpr = 2 if KIND == "e4m3" else 1  # of a tile, 64 bytes of a row each
+    ROW: gl.constexpr = COLUMNS * HALVES // 2
+    X: gl.constexpr = WARPS * TILES * HALVES * 1024
     NO_X: gl.constexpr = X + 2 * ROWS * COLUMNS
     SUMS: gl.constexpr = NO_X + 512
     SQUARES: gl.constexpr = SUMS + 4 * ROWS * GROUPS
     MULTIPLIERS: gl.constexpr = SQUARES + 64
     SCALES: gl.constexpr = MULTIPLIERS + 16
-    ZEROS: gl.constexpr = SCALES + UNITS * 16 * PITCH
+    ZEROS: gl.constexpr = SCALES + (UNITS * 16 * PITCH if HALVES == 1 else 0)
     PARTIAL: gl.constexpr = ZEROS + (UNITS * 16 * GROUPS if HAS_ZEROS else 0)
     BYTES: gl.constexpr = PARTIAL + UNITS * WARPS * ROWS * 64
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -339,28 +402,24 @@ def codes_ring_kernel(
     base = shared_base(thread * 0)
     units = (outputs // PER_UNIT - pid + PROGRAMS - 1) // PROGRAMS
 
-    for i in gl.static_range((UNITS * 16 * PARTS + THREADS - 1) // THREADS):
-        piece = thread + i * THREADS
-        row = piece // PARTS
-        place = row_of(pid + row // 16 * PROGRAMS, row % 16, outputs, GATED) * GROUPS + piece % PARTS * 8
-        go = (row // 16 < units).to(gl.int32)
-        copy(base + SCALES + row * PITCH + piece % PARTS * 16, scales_ptr + place, go, 16)
-        if HAS_ZEROS:
-            copy(base + ZEROS + piece * 8, zeros_ptr + place, go, 8)
+    if HALVES == 1:
+        for i in gl.static_range((UNITS * 16 * PARTS + THREADS - 1) // THREADS):
+            piece = thread + i * THREADS
+            row = piece // PARTS
+            place = row_of(pid + row // 16 * PROGRAMS, row % 16, outputs, GATED) * GROUPS + piece % PARTS * 8
+            present = (row // 16 < units).to(gl.int32)
+            copy(base + SCALES + row * PITCH + piece % PARTS * 16, scales_ptr + place, present, 16)
+            if HAS_ZEROS:
+                copy(base + ZEROS + piece * 8, zeros_ptr + place, present, 8)
     commit(thread)
-    slot = base + warp * (TILES * 1024) + thread % 32 * 16
-    w_ptr += warp * (SHARE * 64) + q * 16
-    for i in gl.static_range(AHEAD):
-        codes = w_ptr + i % RUNS * (RUN * 64)
-        first = row_of(pid + i // RUNS * PROGRAMS, r, outputs, GATED) * ROW
-        second = row_of(pid + i // RUNS * PROGRAMS, r + 8, outputs, GATED) * ROW
-        ask_for_run(
-            slot + i * (RUN * 1024),
-            codes + first,
-            codes + second,
-            (i // RUNS < units).to(gl.int32) + thread * 0,
-            RUN,
-        )
+    slot = base + warp * (TILES * HALVES * 1024) + thread % 32 * 16
+    w_ptr += warp * (SHARE * HALVES * 64) + q * 16
+    for i in gl.static_range(TILES):
+        codes = w_ptr + i // RUN % RUNS * (RUN * HALVES * 64) + i % RUN * (HALVES * 64)
+        first = codes + row_of(pid + i // (RUN * RUNS) * PROGRAMS, r, outputs, GATED) * ROW
+        second = codes + row_of(pid + i // (RUN * RUNS) * PROGRAMS, r + 8, outputs, GATED) * ROW
+        go = (i // (RUN * RUNS) < units).to(gl.int32) + thread * 0
+        ask_for_tile(slot + i * (HALVES * 1024), first, second, go, HALVES)
 
     CHUNKS: gl.constexpr = (ROWS * COLUMNS // 8 + THREADS - 1) // THREADS  # of a thread
     LAST: gl.constexpr = ROWS * COLUMNS // 8 - 1
@@ -369,6 +428,16 @@ def codes_ring_kernel(
         for i in gl.static_range(CHUNKS):
             factors += (load_global_4(norm_ptr + chunk_of(thread, i, THREADS, LAST) * 4),)
     RESULTS: gl.constexpr = (UNITS * PER_UNIT * ROWS + THREADS - 1) // THREADS  # of a thread
+    row_scales = ()  # less the lifts of codes and x
+    if HALVES == 2:
+        for i in gl.static_range(RESULTS):
+            unit, m, n = result_of(thread + i * THREADS, pid, PER_UNIT, ROWS, PROGRAMS)
+            row_scale = gl.load(scales_ptr + n, mask=unit < units, other=0.0).to(gl.float32) * 72057594037927936.0
+            up_scale = row_scale
+            if GATED:
+                up_scale = gl.load(scales_ptr + outputs + n, mask=unit < units, other=0.0).to(gl.float32)
+                up_scale *= 72057594037927936.0  # 2^(120 - 64)
+            row_scales += ((row_scale, up_scale),)
     biases = ()
     if HAS_BIAS:
         for i in gl.static_range(RESULTS):
@@ -405,11 +474,14 @@ def codes_ring_kernel(
                 if HAS_NORM:
                     squares += gl.where(thread + (i + j) * THREADS <= LAST, square_sum(words), 0.0)
                     words = normed(words, factors[i + j], UNIT_OFFSET)
-                totals += (input_sum(words),)
-                keep_inputs(words, base + X, chunk_of(thread, i + j, THREADS, LAST))
+                if HALVES == 2:
+                    words = lifted(words)
+                else:
+                    totals += (input_sum(words),)
+                keep_inputs(words, base + X, chunk_of(thread, i + j, THREADS, LAST), HALVES)
         totals = added(added(added(added(totals, 1), 2), 4), 8)  # of a group's 16 lanes
         for j in gl.static_range(8):
-            if i + j < CHUNKS:
+            if i + j < CHUNKS and HALVES == 1:
                 store_float(base + SUMS + chunk_of(thread, i + j, THREADS, LAST) // 16 * 4, -totals[j])
     residuals = ()
     if HAS_RESIDUAL:
@@ -431,7 +503,7 @@ def codes_ring_kernel(
     minus_0 = base + SUMS + (2 * q % ROWS * GROUPS + group_0) * 4
     minus_1 = base + SUMS + ((2 * q + 1) % ROWS * GROUPS + group_1) * 4
     minus = ()  # the sums of x of a run's groups, less than zero
-    if RUNS <= 2:
+    if RUNS <= 2 and HALVES == 1:
         for part in gl.static_range(RUNS):
             minus += (load_minus(minus_0, minus_1, slot_0, slot_1, part, RUN),)
     no_x = base + NO_X + 64 + q * 16  # in other banks than x
@@ -441,15 +513,17 @@ def codes_ring_kernel(
         total = (thread * 0.0, thread * 0.0, thread * 0.0, thread * 0.0)
         for part in gl.static_range(RUNS):
             coming = unit + (part + AHEAD) // RUNS  # the unit whose run is asked for
-            next_at = w_ptr + (part + AHEAD) % RUNS * (RUN * 64)
-            if RUNS <= 2:
+            next_at = w_ptr + (part + AHEAD) % RUNS * (RUN * HALVES * 64)
+            if HALVES == 2:
+                m0, m1 = thread * 0.0, thread * 0.0
+            elif RUNS <= 2:
                 m0, m1 = minus[part]
             else:
                 m0, m1 = load_minus(minus_0, minus_1, slot_0, slot_1, part, RUN)
             u0, u1, l0, l1 = run_sums(
                 m0 * (128.0 + ZERO),
                 m1 * (128.0 + ZERO),
-                slot + ring * (RUN * 1024),
+                slot + ring * (RUN * HALVES * 1024),
                 column_slot,
                 own_x + part * (RUN * 256),
                 no_x,
@@ -460,6 +534,7 @@ def codes_ring_kernel(
                 RUN,
                 TILES,
                 WIDE,
+                HALVES,
             )
             row = unit * 16 + r
             if HAS_ZEROS:
@@ -468,20 +543,20 @@ def codes_ring_kernel(
                 l0 += load_byte(at + group_0 + 8 * GROUPS) * m0
                 u1 += load_byte(at + group_1) * m1
                 l1 += load_byte(at + group_1 + 8 * GROUPS) * m1
-            at = base + SCALES + row * PITCH + part * (RUN * 2)
-            upper = load_half(at + group_0 * 2, FP16)
-            lower = load_half(at + group_0 * 2 + 8 * PITCH, FP16)
+            upper, lower = thread * 0.0 + 1.0, thread * 0.0 + 1.0
+            if HALVES == 1:
+                at = base + SCALES + row * PITCH + part * (RUN * 2)
+                upper = load_half(at + group_0 * 2, FP16)
+                lower = load_half(at + group_0 * 2 + 8 * PITCH, FP16)
             if ROWS == 1:
-                u0 = u0 * upper + u1 * load_half(at + group_1 * 2, FP16)
-                l0 = l0 * lower + l1 * load_half(at + group_1 * 2 + 8 * PITCH, FP16)
-                total = (total[0] + u0, u1, total[2] + l0, l1)
+                upper_1, lower_1 = upper, lower
+                if HALVES == 1:
+                    at = base + SCALES + row * PITCH + part * (RUN * 2)
+                    upper_1 = load_half(at + group_1 * 2, FP16)
+                    lower_1 = load_half(at + group_1 * 2 + 8 * PITCH, FP16)
+                total = (total[0] + (u0 * upper + u1 * upper_1), u1, total[2] + (l0 * lower + l1 * lower_1), l1)
             else:
-                total = (
-                    total[0] + u0 * upper,
-                    total[1] + u1 * upper,
-                    total[2] + l0 * lower,
-                    total[3] + l1 * lower,
-                )
+                total = (total[0] + u0 * upper, total[1] + u1 * upper, total[2] + l0 * lower, total[3] + l1 * lower)
             ring = ring + 1
             ring = gl.where(ring == AHEAD, 0, ring) if AHEAD > 1 else 0
         at = base + PARTIAL + (unit * WARPS + warp) * (ROWS * 64)
@@ -503,10 +578,14 @@ def codes_ring_kernel(
             if GATED:
                 up += load_float(at + j * (ROWS * 64) + 32)
         value *= scale
+        if HALVES == 2:
+            value *= row_scales[i][0]
         if HAS_BIAS:
             value += biases[i][0]
         if GATED:
             up *= scale
+            if HALVES == 2:
+                up *= row_scales[i][1]
             if HAS_BIAS:
                 up += biases[i][1]
             value = act(value, ACTIVATION) * up
