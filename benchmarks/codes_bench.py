@@ -1,14 +1,14 @@
 """Times linears of quantised weights on one GPU, beside what memory allows and beside cuBLAS in bfloat16.
 
-    PYTHONPATH=. python benchmarks/codes_bench.py [correct] [few] [many] [sweep] [--kinds gptq mxfp4] [--rows 1 16]
-        [--shapes 4096x4096 g14336x4096]
+    PYTHONPATH=. python benchmarks/codes_bench.py [correct] [few] [layer] [many] [sweep]
+        [--kinds gptq mxfp4] [--rows 1 16] [--shapes 4096x4096 g14336x4096]
 
 correct compares every kernel with the numbers that the codes stand for; a speed counts only beside it. few: 1 to 16
-rows, with norm, residual or gate fused as a decode step has them. many: 17 rows and more, each way that there is.
-sweep: configurations of ``codes_linear``, the best four beside the one that is picked. A shape is outputs x inputs; g:
-gate and up of so many outputs each. Figures are medians of replays of a CUDA graph whose launches rotate through more
-memory than the L2 cache holds. "of floor": the time that the stored bytes take at the memory's datasheet rate, over the
-time taken. Without a section all but sweep are run.
+rows, with norm, residual or gate fused as a decode step has them. layer: the shapes in turn, at one row. many: 17 rows
+and more, each way that there is. sweep: configurations of ``codes_linear``, the best four beside the one that is
+picked. A shape is outputs x inputs; g: gate and up of so many outputs each. Figures are medians of replays of a CUDA
+graph whose launches rotate through more memory than the L2 cache holds. "of floor": the time that the stored bytes
+take at the memory's datasheet rate, over the time taken. Without a section all but sweep are run.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from tpctl.kernels.linear.codes_gemm import (
 )
 from tpctl.kernels.linear.codes_gemv import CodesGemvConfig, codes_gemv, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import MOST_ROWS, CodesConfig, codes_linear, codes_linear_reference, pick_codes
+from tpctl.kernels.linear.codes_ring import CodesRingConfig, codes_ring, pick_codes_ring
 from tpctl.kernels.linear.gemv import GemvScratch
 
 L2 = 250_000_000
@@ -123,10 +124,20 @@ def random_codes(form: Format, shape: Shape) -> Codes:
     )
 
 
-def picked(rows: int, codes: Codes, shape: Shape) -> CodesConfig | CodesGemvConfig:
-    few = pick_codes_gemv(
-        rows, codes, gated=shape.gated, multiprocessors=num_multiprocessors(DEVICE), hopper=is_hopper(DEVICE)
-    )
+Config = CodesConfig | CodesGemvConfig | CodesRingConfig
+NAMES = {CodesConfig: "linear", CodesGemvConfig: "gemv", CodesRingConfig: "ring"}
+
+
+def picked(rows: int, codes: Codes, shape: Shape) -> Config:
+    multiprocessors, hopper = num_multiprocessors(DEVICE), is_hopper(DEVICE)
+    ring = pick_codes_ring(rows, codes, gated=shape.gated, multiprocessors=multiprocessors, hopper=hopper)
+    return ring or picked_before(rows, codes, shape)
+
+
+def picked_before(rows: int, codes: Codes, shape: Shape) -> CodesConfig | CodesGemvConfig:
+    """Where nothing comes through a ring."""
+    multiprocessors, hopper = num_multiprocessors(DEVICE), is_hopper(DEVICE)
+    few = pick_codes_gemv(rows, codes, gated=shape.gated, multiprocessors=multiprocessors, hopper=hopper)
     return few or picked_linear(rows, codes, shape)
 
 
@@ -144,14 +155,14 @@ def picked_linear(rows: int, codes: Codes, shape: Shape) -> CodesConfig:
     return config
 
 
-def multiplied(
-    x: torch.Tensor, codes: Codes, scratch: GemvScratch, config: CodesConfig | CodesGemvConfig, **options: Any
-) -> torch.Tensor:
+def multiplied(x: torch.Tensor, codes: Codes, scratch: GemvScratch, config: Config, **options: Any) -> torch.Tensor:
     if isinstance(config, CodesConfig):
         return codes_linear(x, codes, scratch, config=config, pdl=True, **options)
     if "norm" in options and len(x) > 1:
         weight, eps = options.pop("norm")
         x = rms_norm(x, weight, eps, pdl=True)
+    if isinstance(config, CodesRingConfig):
+        return codes_ring(x, codes, config=config, pdl=True, **options)
     return codes_gemv(x, codes, config=config, pdl=True, **options)
 
 
@@ -210,9 +221,7 @@ def fused(shape: Shape, x: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
     return {"residual_TO": out} if shape.outputs <= shape.inputs else {"norm": (x[0], 1e-6)}
 
 
-def stored(
-    rows: int, held: list[Codes], shape: Shape, scratch: GemvScratch, config: CodesConfig | CodesGemvConfig
-) -> float:
+def stored(rows: int, held: list[Codes], shape: Shape, scratch: GemvScratch, config: Config) -> float:
     x = torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16)
     out = torch.empty(rows, shape.outputs, device=DEVICE, dtype=BF16)
     options = fused(shape, x, out)
@@ -244,7 +253,27 @@ def bench_few(args: argparse.Namespace) -> None:
                 us = stored(rows, held, shape, scratch, config)
                 rate = held[0].nbytes / us * 1e6
                 row(f"{name} {shape}", rows, f"{us:.2f}", f"{rate / 1e12:.2f}", f"{rate / peak:.0%}", f"{before:.1f}",
-                    f"{theirs:.1f}", "linear" if isinstance(config, CodesConfig) else "gemv")  # fmt: skip
+                    f"{theirs:.1f}", NAMES[type(config)])  # fmt: skip
+
+
+def bench_layer(args: argparse.Namespace) -> None:
+    """Linears that follow each other, as in a step of one sequence but for what is between them: a kernel's first reads
+    are out while the one before still runs, so their times do not add up."""
+    row("one row, us of all linears in turn", "gemv", "picked")
+    scratch = GemvScratch.allocate(DEVICE)
+    for name in args.kinds:
+        layers = [[random_codes(FORMATS[name], shape) for shape in args.shapes] for _ in range(4)]
+        xs = [torch.randn(1, shape.inputs, device=DEVICE, dtype=BF16) for shape in args.shapes]
+        outs = [torch.empty(1, shape.outputs, device=DEVICE, dtype=BF16) for shape in args.shapes]
+        times = []
+        for pick in (picked_before, picked):
+            calls: list[Callable[[], object]] = [
+                partial(multiplied, x, codes, scratch, pick(1, codes, shape), out=out, **fused(shape, x, out))
+                for layer in layers * 2
+                for shape, x, codes, out in zip(args.shapes, xs, layer, outs, strict=True)
+            ]
+            times.append(f"{graph_us(calls) * len(args.shapes):.2f}")
+        row(name, *times)
 
 
 def bench_many(args: argparse.Namespace) -> None:
@@ -321,7 +350,7 @@ def bench_sweep(args: argparse.Namespace) -> None:
                 config.num_stages, config.prefetch, config.split_k)  # fmt: skip
 
 
-SECTIONS = {"correct": bench_correct, "few": bench_few, "many": bench_many, "sweep": bench_sweep}
+SECTIONS = {"correct": bench_correct, "few": bench_few, "layer": bench_layer, "many": bench_many, "sweep": bench_sweep}
 
 
 def main() -> None:
@@ -335,7 +364,7 @@ def main() -> None:
         parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    for name in args.sections or ("correct", "few", "many"):
+    for name in args.sections or ("correct", "few", "layer", "many"):
         SECTIONS[name](args)
         print()
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED
@@ -32,6 +34,8 @@ from tpctl.kernels.linear.codes_gemv import gemv_form, pick_codes_gemv
 from tpctl.kernels.linear.codes_gemv_kernels import codes_gemv_kernel
 from tpctl.kernels.linear.codes_linear import form_of, pick_codes
 from tpctl.kernels.linear.codes_linear_kernels import codes_linear_kernel
+from tpctl.kernels.linear.codes_ring import cut_of, pick_codes_ring
+from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
 from tpctl.kernels.linear.packed_gemm import packed_form, pick_packed
 from tpctl.kernels.linear.packed_gemm_kernels import add_parts_kernel, packed_gemm_kernel, take_apart_kernel
 
@@ -71,7 +75,8 @@ def build(
     names = kernel.arg_names
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names} | types
     aligned = [name for name in names if name not in constants and types[name][0] in "*i" and name != "rows"]
-    source = ASTSource(
+    gluon = hasattr(kernel, "is_gluon") and kernel.is_gluon()
+    source = (GluonASTSource if gluon else ASTSource)(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -129,6 +134,19 @@ def gemv(codes: Codes, rows: int, folder: Path, *, gated: bool) -> Built:
     return build(kernel, 90, folder, types, config.num_warps, 1, registers=config.registers, **flags)
 
 
+def ring(codes: Codes, rows: int, folder: Path, *, gated: bool) -> tuple[Built, int]:
+    """And what of shared memory it is to take."""
+    config = pick_codes_ring(rows, codes, gated=gated, multiprocessors=132, hopper=True)
+    assert config is not None
+    cut = cut_of(rows, codes, gated=gated, config=config)
+    types = {"x_ptr": "*i32", "norm_ptr": "*i32", "w_ptr": "*u8", "zeros_ptr": "*u8", "eps": "fp32"}
+    types |= {} if codes.kind == "uint4" else {"scales_ptr": "*fp32"}
+    flags: dict[str, Any] = {"CUT": cut, "HAS_BIAS": False, "HAS_RESIDUAL": not gated, "UNIT_OFFSET": False}
+    flags |= {"HAS_NORM": gated and rows == 1, "ACTIVATION": "silu" if gated else "", "PDL": True}
+    built = build(codes_ring_kernel, 90, folder, types, config.num_warps, 1, registers=config.registers, **flags)
+    return built, cut.bytes
+
+
 def gemm(codes: Codes, config: GemmConfig, arch: int, folder: Path) -> Built:
     form, _, _ = form_of(codes, config.block_k, fast=False)
     element = {"e4m3": "fp8e4nv", "int8": "i8"}[codes.kind]
@@ -182,6 +200,25 @@ def test_codes_into_registers(kind: str, gated: bool, tmp_path: Path) -> None:
     assert "LDG.E.EF.128" in built.sass and "HMMA" in built.sass
     assert "SHFL.IDX" not in built.sass and "LDSM" not in built.sass
     assert built.sass.count("BAR.SYNC") < 12  # sums and squares
+
+
+@pytest.mark.parametrize(
+    "kind,rows,inputs,gated",
+    [("gptq", 1, IN, True), ("gptq", 1, 14336, False), ("awq", 8, IN, False), ("fp8 channel", 1, IN, True)],
+)
+def test_codes_through_a_ring(kind: str, rows: int, inputs: int, gated: bool, tmp_path: Path) -> None:
+    codes = random_codes(n=OUT * (2 if gated else 1), k=inputs, **KINDS[kind])
+    codes = codes if kind == "fp8 channel" else replace(codes, scales=codes.scales.to(torch.bfloat16))
+    built, shared = ring(codes, rows, tmp_path, gated=gated)
+    assert built.shared == shared <= SHARED[90]  # all of it is the kernel's own, which begins where it is told
+    assert built.stack <= SPILLED
+    if rows == 1:  # so that two programs are on a multiprocessor
+        assert 2 * (shared + 1024) <= 228 << 10 and built.registers <= 128
+    # From the first products to the last no warp waits for another one, and every read is far ahead of its products.
+    loop = built.sass[built.sass.index("HMMA") : built.sass.rindex("HMMA")]
+    assert "LDL" not in loop and "STL" not in loop
+    assert "BAR.SYNC" not in loop and "LDG.E" not in loop and "LDGSTS.E.BYPASS.LTC128B.128" in loop
+    assert built.sass.index("LDGSTS") < built.sass.index("ACQBULK") < built.sass.rindex("LDG.E.128")  # x
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.experimental.gluon import language as gl
 
 from tests.gpu.assembly import OPERATIONS, as_floats
 
 OF_LAUNCHES = {"num_warps", "num_stages", "maxnreg", "launch_pdl"}
 NOTHING = {".reg", "griddepcontrol.launch_dependents", "griddepcontrol.wait"}
-WORDS = {"f32": np.float32, "s32": np.int32}
+OF_TRITON = {gl.float32: torch.float32, gl.int32: torch.int32}
 
 
 class Numbers(torch.Tensor):
@@ -93,8 +94,8 @@ class Program:
         return SimpleNamespace(index=zeroed, _keep_alive=lambda: None)
 
     def assembly(self, text: Any, constraints: Any, values: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-        text, constraints = (getattr(one, "value", one) for one in (text, constraints))
-        kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+        text, constraints, dtype = (getattr(one, "value", one) for one in (text, constraints, dtype))
+        kinds = [OF_TRITON.get(one, one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
         assert pack == 1 and constraints.count("=") == len(kinds)
         held: dict[str, Any] = {"global_smem": np.uint32(0)}
         for i, one in enumerate(values):
@@ -232,11 +233,11 @@ def _plain(kernel: Any, language: Any, known: dict[int, dict[str, Any]]) -> Call
     if id(theirs) not in known:
         mine = known[id(theirs)] = dict(theirs)
         for name, value in theirs.items():
-            if value is gl:
+            if value is gl or value is tl:
                 mine[name] = language
             elif name == "barrier":
                 mine[name] = lambda: None
-            elif hasattr(value, "is_gluon"):
+            elif isinstance(getattr(value, "fn", None), FunctionType):  # Triton's are called too
                 mine[name] = _plain(value, language, known)
     return FunctionType(function.__code__, known[id(theirs)], function.__name__, function.__defaults__)
 

@@ -1,12 +1,13 @@
-"""Linear layers of up to 8 rows whose weights are 4-bit integers with a scale for 128 inputs.
+"""Linear layers whose weights are codes (`common.codes`), for up to 8 rows of large matrices: 4-bit integers in groups
+of 128, and FP8 with a scale a row. `codes_gemv` takes what this one does not.
 
 As many programs as the GPU has multiprocessors go through the outputs, 16 at a time, while the codes of the next ones
-come into shared memory.
+come into shared memory. So x and its norm cost a program once, and while a kernel ends the next one reads already.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,33 +15,94 @@ from torch import Tensor
 from tpctl.kernels.common.activation import Activation
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
-from tpctl.kernels.linear.codes_linear import as_bytes
-from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
+from tpctl.kernels.linear.codes_linear import as_bytes, may_be_fast
+from tpctl.kernels.linear.ring_cut import RingCut
+
+codes_ring_kernel: Any
+try:
+    from tpctl.kernels.linear.codes_ring_kernels import codes_ring_kernel
+except (ImportError, AttributeError):  # a Triton without Gluon, or with another one
+    codes_ring_kernel = None
+
+MOST_ROWS = 8
+_SHARED = 232448
+"""Bytes of shared memory that a program may have on a Hopper."""
 
 
 class CodesRingConfig(NamedTuple):
-    """Warps of a program, groups of 128 inputs that a warp sums at once, how many such runs are on their way, whether
-    x stays in registers, programs."""
+    """Warps of a program, groups of 128 inputs that a warp sums at once, how many such runs are on their way, programs,
+    most registers: with more the assembler reads tiles long before it multiplies by them."""
 
     num_warps: int
     run: int
     ahead: int
-    programs: int = 132
-    wide: int = 0
-    registers: int = 128
+    programs: int
+    registers: int = 80
 
 
 def takes_ring(codes: Codes) -> bool:
-    """Whether the kernel can read such codes: integers of 4 bits in groups of 128, or e4m3 with a scale a row."""
-    if codes.columns % 1024 or codes.outputs % 16 or codes.rows is not None or codes.groups is not None:
-        return False
-    if codes.factors is not None:
+    """Whether the kernel can read such codes."""
+    shuffled = codes.rows is not None or codes.groups is not None or codes.factors is not None
+    if shuffled or codes.columns % 1024 or codes.outputs % 16:
         return False
     if codes.kind == "uint4":
-        of_groups = codes.unit == 128 and codes.first == 0 and codes.scales.shape[-1] == codes.columns // 128
-        return of_groups and codes.scales.dtype in (torch.bfloat16, torch.float16)
+        in_groups = codes.unit == 128 and codes.first == 0 and codes.scales.shape[-1] == codes.columns // 128
+        return in_groups and codes.scales.dtype in (torch.bfloat16, torch.float16)
     shifts = codes.zeros is not None or codes.zero != 0
     return codes.kind == "e4m3" and not shifts and codes.scales.shape[-1] == 1 and codes.scales.dtype.itemsize > 1
+
+
+def ring_reads(x_TK: Tensor, norm_K: Tensor, codes: Codes) -> bool:
+    """Whether x, the norm's weight and the codes lie where 16 bytes can be read at once."""
+    held = (x_TK, norm_K, codes.values, codes.scales, *(() if codes.zeros is None else (codes.zeros,)))
+    return x_TK.stride(0) % 8 == 0 and all(one.data_ptr() % 16 == 0 for one in held)
+
+
+def pick_codes_ring(
+    rows: int, codes: Codes, *, gated: bool, multiprocessors: int, hopper: bool
+) -> CodesRingConfig | None:
+    """How to cut a linear, or None for what other kernels are for. Measured on an H200 at the sizes of Llama-8B.
+
+    A program has 64 KB on their way (FP8 96 where it sums short runs), so that the next kernel's fits beside it; two
+    programs a multiprocessor go through many outputs. None where units of 16 outputs leave a fourth of the programs
+    idle, where x is long (FP8: 64 KB), and without Gluon.
+    """
+    if codes_ring_kernel is None or not hopper or rows > MOST_ROWS or codes.columns < 2048 or not takes_ring(codes):
+        return None
+    wide, most, units = codes.kind == "e4m3", next_power_of_2(rows), codes.outputs // 16
+    many = rows == 1 and units >= 8 * multiprocessors
+    warps = 4 if many and wide else 8
+    share = codes.columns // 128 // warps
+    longest = min(8 // most, 4 if wide and not many else 8)
+    run = max(one for one in range(1, longest + 1) if share % one == 0)
+    tiles = 8 if not wide else 6 if rows == 1 else 4
+    config = CodesRingConfig(warps, run, max(1, tiles // run), (2 if many else 1) * multiprocessors)
+    cut = cut_of(rows, codes, gated=gated, config=config)
+    idle = 4 * units < 3 * cut.units * config.programs
+    return None if idle or cut.bytes > _SHARED or (wide and most * codes.columns > 32768) else config
+
+
+def cut_of(rows: int, codes: Codes, *, gated: bool, config: CodesRingConfig) -> RingCut:
+    """What the kernel is compiled for. Raises ValueError for a config that the codes cannot be cut by."""
+    units = codes.outputs // 16
+    programs = min(config.programs, units)
+    most = next_power_of_2(rows)
+    if codes.columns % (128 * config.num_warps * config.run) or config.run * most > 8:
+        raise ValueError(f"{codes.columns} columns and {rows} rows cannot be cut by {config}")
+    return RingCut(
+        kind=codes.kind,
+        columns=codes.columns,
+        zero=0 if codes.zeros is not None else codes.zero,
+        has_zeros=codes.zeros is not None,
+        fp16=codes.scales.dtype == torch.float16,
+        gated=gated,
+        rows=most,
+        warps=config.num_warps,
+        run=config.run,
+        ahead=config.ahead,
+        programs=programs,
+        units=-(-units // programs),
+    )
 
 
 def codes_ring(
@@ -56,16 +118,23 @@ def codes_ring(
     config: CodesRingConfig,
     pdl: bool = False,
 ) -> Tensor:
-    """What `codes_linear` does, for x_TK [T, K] bfloat16 with T <= 8 and codes that `takes_ring`; a norm of one row."""
-    rows = x_TK.shape[0]
-    gated = activation is not None
-    outputs = codes.outputs // (2 if gated else 1)
+    """What `codes_linear` does, for x_TK [T, K] bfloat16 with T <= 8, tensors that `ring_reads` and codes that
+    `takes_ring`; with a norm T is 1.
+
+    Raises ValueError for others.
+    """
+    rows, in_features = x_TK.shape
+    if in_features != codes.columns:
+        raise ValueError(f"x has {in_features} columns, the codes {codes.columns}")
     norm_K = x_TK if norm is None else norm[0]
+    readable = may_be_fast(x_TK, norm_K) and ring_reads(x_TK, norm_K, codes)
+    if not takes_ring(codes) or rows > (MOST_ROWS if norm is None else 1) or not readable:
+        raise ValueError(f"{rows} rows of {x_TK.dtype} and such {codes.kind} codes: use codes_gemv")
+    cut = cut_of(rows, codes, gated=activation is not None, config=config)
+    outputs = codes.outputs // (2 if activation else 1)
     if out is None:
         out = x_TK.new_empty((rows, outputs))
-    units = outputs // (8 if gated else 16)
-    programs = min(config.programs, units)
-    codes_ring_kernel[(programs,)](
+    codes_ring_kernel[(cut.programs,)](
         x_TK.view(torch.int32),
         as_bytes(codes.values, x_TK),
         codes.scales,
@@ -80,23 +149,12 @@ def codes_ring(
         out.stride(0),
         residual_TO.stride(0) if residual_TO is not None else 0,
         norm[1] if norm is not None else 0.0,
-        KIND=codes.kind,
-        COLUMNS=codes.columns,
-        ZERO=0 if codes.zeros is not None else codes.zero,
-        FP16=codes.scales.dtype == torch.float16,
-        HAS_ZEROS=codes.zeros is not None,
+        CUT=cut,
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         HAS_NORM=norm is not None,
         UNIT_OFFSET=unit_offset,
         ACTIVATION=activation or "",
-        ROWS=next_power_of_2(rows),
-        WARPS=config.num_warps,
-        RUN=config.run,
-        AHEAD=config.ahead,
-        WIDE=config.wide,
-        PROGRAMS=programs,
-        UNITS=-(-units // programs),
         PDL=pdl,
         num_warps=config.num_warps,
         maxnreg=config.registers,

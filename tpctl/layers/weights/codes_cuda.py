@@ -6,7 +6,7 @@ the norm. Where ``Codes.rounds``, inputs of many rows are rounded as the format 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales, take
 from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import codes_linear, may_be_fast, pick_codes
+from tpctl.kernels.linear.codes_ring import codes_ring, pick_codes_ring, ring_reads
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, pick_packed
 from tpctl.layers.norm import RMSNorm
@@ -99,28 +100,20 @@ class KernelCodesWeight(CodesWeight):
             x, norm = normed(x, norm, self._state), None
         gated = activation is not None
         if may_be_fast(x, x if norm is None else norm.weight):
-            found = pick_codes_gemv(
-                x.shape[0],
-                self.codes,
-                gated=gated,
-                multiprocessors=self._facts.multiprocessors,
-                hopper=self._facts.hopper,
-            )
+            rows, norm_K = x.shape[0], x if norm is None else norm.weight
+            facts: dict[str, Any] = {"multiprocessors": self._facts.multiprocessors, "hopper": self._facts.hopper}
+            ring = None
+            if outlet is None and ring_reads(x, norm_K, self.codes):
+                ring = pick_codes_ring(rows, self.codes, gated=gated, **facts)
+            found = None if ring is not None else pick_codes_gemv(rows, self.codes, gated=gated, **facts)
+            if norm is not None and rows > 1 and (ring or found) is not None:  # each program would square all rows
+                x, norm = normed(x, norm, self._state), None
+            given: dict[str, Any] = {"bias_O": bias, **fused(norm), "activation": activation, "residual_TO": residual}
+            given |= {"out": residual, "pdl": self._state.pdl}
+            if ring is not None:
+                return codes_ring(x, self.codes, config=ring, **given)
             if found is not None:
-                if norm is not None and x.shape[0] > 1:  # each program would square all rows
-                    x, norm = normed(x, norm, self._state), None
-                return codes_gemv(
-                    x,
-                    self.codes,
-                    bias_O=bias,
-                    **fused(norm),
-                    activation=activation,
-                    residual_TO=residual,
-                    out=residual,
-                    config=found,
-                    outlet=outlet,
-                    pdl=self._state.pdl,
-                )
+                return codes_gemv(x, self.codes, config=found, outlet=outlet, **given)
         config = pick_codes(
             x.shape[0],
             self.codes.outputs // (2 if gated else 1),
