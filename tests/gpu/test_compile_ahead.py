@@ -216,7 +216,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fp8": ("llama-3.1-8b-fp8", {}),
     "fp8-block": ("llama-3.1-8b-fp8-block", {}),
-    "int4": ("llama-3.1-8b-w4a16", {}),
+    "int4": (  # large enough for codes to come through a ring
+        "llama-3.1-8b-w4a16",
+        {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 1},
+    ),
 }
 """Of each kind a model of the benchmarks, and what is smaller than there beside ``SHAPE``."""
 
