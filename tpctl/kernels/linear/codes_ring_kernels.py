@@ -77,7 +77,7 @@ def of_outputs(pointer, thread, pid, units, CUT: gl.constexpr):
     RESULTS: gl.constexpr = CUT.results
     for i in gl.static_range(RESULTS):
         unit, _, n = _result(i, thread, pid, CUT)
-        found += (gl.load(pointer + n, mask=unit < units, other=0.0).to(gl.float32),)
+        found += (gl.load(pointer + n, mask=unit < units, other=0.0).to(gl.float32),)  # type: ignore[assignment]
     return found
 
 
@@ -88,7 +88,7 @@ def load_residuals(residual_ptr, residual_stride, thread, pid, units, rows, CUT:
     for i in gl.static_range(RESULTS):
         unit, m, n = _result(i, thread, pid, CUT)
         source = residual_ptr + m.to(gl.int64) * residual_stride + n
-        found += (gl.load(source, mask=(unit < units) & (m < rows), other=0.0).to(gl.float32),)
+        found += (gl.load(source, mask=(unit < units) & (m < rows), other=0.0).to(gl.float32),)  # type: ignore[assignment]
     return found
 
 

@@ -32,7 +32,7 @@ def norm_words(norm_ptr, thread, CUT: gl.constexpr):
     found = ()
     CHUNKS: gl.constexpr = CUT.chunks
     for i in gl.static_range(CHUNKS):
-        found += (load_global_4(norm_ptr + _chunk_of(thread, i, CUT) * 4),)
+        found += (load_global_4(norm_ptr + _chunk_of(thread, i, CUT) * 4),)  # type: ignore[assignment]
     return found
 
 
@@ -77,7 +77,7 @@ def _added(totals, DISTANCE: gl.constexpr):
     """Each with what the lane has for it whose number differs in one bit."""
     sums = ()
     for i in gl.static_range(len(totals)):
-        sums += (totals[i] + other_lane(totals[i], DISTANCE),)
+        sums += (totals[i] + other_lane(totals[i], DISTANCE),)  # type: ignore[assignment]
     return sums
 
 
@@ -105,10 +105,10 @@ def prepare_inputs(x_ptr, factors, thread, base, rows, x_stride, UNIT_OFFSET: gl
         inputs = ()
         for j in gl.static_range(8):
             if i + j < CUT.chunks:
-                inputs += (_load(x_ptr, _chunk_of(thread, i + j, CUT), rows, x_stride, CUT),)
+                inputs += (_load(x_ptr, _chunk_of(thread, i + j, CUT), rows, x_stride, CUT),)  # type: ignore[assignment]
         totals = ()
         for j in gl.static_range(len(inputs)):
-            words = inputs[j]
+            words = inputs[j]  # type: ignore[var-annotated]
             if HAS_NORM:
                 squares += gl.where(thread + (i + j) * CUT.threads <= CUT.last_chunk, _square_sum(words), 0.0)
                 words = _times(words, factors[i + j], UNIT_OFFSET)
@@ -116,7 +116,7 @@ def prepare_inputs(x_ptr, factors, thread, base, rows, x_stride, UNIT_OFFSET: gl
                 lift = thread * 0 + 0x5F805F80  # 2^64, twice
                 words = _times(words, (lift, lift, lift, lift), False)
             else:
-                totals += (_sum(words),)
+                totals += (_sum(words),)  # type: ignore[assignment]
             _keep(words, base + CUT.x, _chunk_of(thread, i + j, CUT), CUT)
         # All at once: one after the other they would wait for each other.
         totals = _added(_added(_added(_added(totals, 1), 2), 4), 8)
