@@ -28,7 +28,7 @@ from tpctl.kernels.common.launch import DeviceFacts, stand_for
 Pairs = list[tuple[int, int]]
 """New tokens and cached ones of each sequence."""
 
-HEADS = {"32/8 of 128": (32, 8, 128), "16/8 of 128": (16, 8, 128)}
+HEADS = {"32/8 of 128": (32, 8, 128), "16/8 of 128": (16, 8, 128), "64/8 of 64": (64, 8, 64)}
 TIMED: list[Pairs] = [[(16_000, 0)], [(4_000, 0)] * 4, [(1_024, 0)] * 16, [(512, 0)] * 32, [(256, 0)] * 64]
 TIMED += [[(1_000, 0)], [(512, 0)], [(512, 15_000)], [(8_192, 65_536)]]
 CHECKED: list[tuple[int, Pairs]] = [
@@ -68,10 +68,10 @@ def attention(name: str, arguments: tuple[torch.Tensor, ...]) -> Callable[[], to
     return partial(WAYS[name], *arguments, scale=arguments[0].shape[-1] ** -0.5, out=out)
 
 
-def error(name: str, block_size: int, pairs: Pairs) -> float:
+def error(name: str, heads: tuple[int, int, int], block_size: int, pairs: Pairs) -> float:
     """The largest difference of a head's result from the reference in float32, in norms of what is wanted."""
     torch.manual_seed(len(pairs))
-    arguments = case(pairs, (8, 2, 128), block_size)
+    arguments = case(pairs, heads, block_size)
     _, keys, values, table, _, lens = arguments
     for row, length in enumerate(lens.tolist()):
         if length % block_size:  # memory behind the end may hold anything
@@ -85,7 +85,7 @@ def error(name: str, block_size: int, pairs: Pairs) -> float:
 def run(name: str) -> None:
     """Check and time one kernel."""
     began = time.perf_counter()
-    errors = [error(name, *one) for one in CHECKED]
+    errors = [error(name, heads, *one) for heads in ((8, 2, 128), (8, 1, 64)) for one in CHECKED]
     wrong = not all(one < LARGEST_ERROR for one in errors)  # NaN is wrong
     print(f"{name:<12} errors:", *(f"{one:.1e}" for one in errors), "WRONG" * wrong,
           f"({time.perf_counter() - began:.1f} s)", flush=True)  # fmt: skip
