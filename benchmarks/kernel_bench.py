@@ -125,7 +125,9 @@ def bench_prefill() -> None:
             q = torch.randn(seqs * length, shape.heads, shape.head_dim, device=DEVICE, dtype=BF16)
             starts = torch.arange(0, seqs * length + 1, length, dtype=torch.int32, device=DEVICE)
             out = torch.empty_like(q)
-            ours = graph_us([partial(paged_prefill, q, *caches, tables[0], starts, seq_lens, out=out)] * 4)
+            pairs = seqs * length * (length + 1) // 2
+            call = partial(paged_prefill, q, *caches, tables[0], starts, seq_lens, pairs=pairs, out=out)
+            ours = graph_us([call] * 4)
             k, v, exponents = packed(caches)
             less = graph_us(
                 [partial(paged_prefill, q, k, v, tables[0], starts, seq_lens, factors=exponents, out=out)] * 4

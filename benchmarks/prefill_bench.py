@@ -13,15 +13,13 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import torch
 from kernel_timing import BF16, DEVICE, Shape, graph_us, make_cache
 from triton import __version__ as triton_version
 
-from tpctl.kernels.attention import paged_prefill
 from tpctl.kernels.attention.hopper_prefill import hopper_prefill
-from tpctl.kernels.attention.paged_prefill import paged_prefill_reference
+from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.common.ahead import KernelSpec, compile_for, compile_spec, unlaunched
 from tpctl.kernels.common.launch import DeviceFacts, stand_for
 
@@ -41,15 +39,9 @@ CHECKED: list[tuple[int, Pairs]] = [
 LARGEST_ERROR = 1.5e-2
 
 
-def triton_prefill(*arguments: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
-    with mock.patch.object(paged_prefill, "takes", lambda *_: False):
-        return paged_prefill.paged_prefill(*arguments, scale=scale, out=out)
-
-
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
-    "triton": triton_prefill,
-    "gluon": partial(hopper_prefill, late=False),
-    "gluon, late": hopper_prefill,
+    "triton": paged_prefill,  # where it is not told how much it is
+    "gluon": hopper_prefill,
 }
 
 

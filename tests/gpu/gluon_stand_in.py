@@ -24,7 +24,7 @@ PATIENCE_S = 20
 LATE_S = 0.002
 """By how much a copy or a wait is late at most."""
 
-_atomic = threading.Lock()
+_failed = threading.Event()  # in some part, so that others need not wait for it
 _part = threading.local()  # grid, program, and the products under way of this part
 
 
@@ -73,7 +73,9 @@ class Barrier:
     def wait(self, phase: Tensor | int) -> None:
         """Until a phase of this parity is the last completed one."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._phase % 2 != int(phase), PATIENCE_S), "a barrier for ever"
+            until = time.monotonic() + PATIENCE_S
+            while not self._changed.wait_for(lambda: self._phase % 2 != int(phase), 0.1):
+                assert time.monotonic() < until and not _failed.is_set(), "a barrier that nobody completes"
 
     def _look(self) -> None:
         if not self._left and not self._bytes:
@@ -164,13 +166,6 @@ def _store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
     pointer.values.view(-1)[_tensor(pointer.offset).expand(values.shape)[kept]] = values[kept]
 
 
-def _add(pointer: Pointer, value: int) -> Tensor:
-    with _atomic:
-        before = _load(pointer).clone()
-        pointer.values.view(-1)[int(pointer.offset)] += value
-        return before
-
-
 def _together(calls: list[Callable[[], None]]) -> None:
     """Each call in a thread of its own."""
     failures: list[BaseException] = []
@@ -180,6 +175,7 @@ def _together(calls: list[Callable[[], None]]) -> None:
             call()
         except BaseException as failure:
             failures.append(failure)
+            _failed.set()
 
     threads = [threading.Thread(target=run, args=(call,)) for call in calls]
     for thread in threads:
@@ -205,7 +201,7 @@ def _specialize(
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
     if dtype == torch.int64:
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype))
+    return Shared(torch.full(shape, float("nan"), dtype=dtype))
 
 
 def _layout(*arguments: object) -> None:
@@ -215,7 +211,6 @@ def _layout(*arguments: object) -> None:
 _LANGUAGE = SimpleNamespace(
     constexpr=lambda value: value,
     static_range=range,
-    int32=torch.int32,
     int64=torch.int64,
     float32=torch.float32,
     arange=lambda first, end, layout: torch.arange(first, end),
@@ -231,8 +226,6 @@ _LANGUAGE = SimpleNamespace(
     convert_layout=lambda values, layout: values,
     load=_load,
     store=_store,
-    atomic_add=_add,
-    inline_asm_elementwise=lambda asm, constraints, values, **more: values[0],
     num_programs=lambda axis: _part.grid,
     program_id=lambda axis: torch.tensor(_part.program, dtype=torch.int32),
     allocate_shared_memory=_allocate,
@@ -241,7 +234,6 @@ _LANGUAGE = SimpleNamespace(
     BlockedLayout=_layout,
     SliceLayout=_layout,
     DotOperandLayout=_layout,
-    SwizzledSharedLayout=_layout,
 )
 _HOPPER = {
     "fence_async_shared": lambda: None,
@@ -261,11 +253,13 @@ _HOPPER = {
 def launch(module: ModuleType, name: str, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel of ``module``, all programs at once. Tensors are given as ``Pointer`` or ``Descriptor``."""
     names: dict[str, Any] = {"gl": _LANGUAGE, **_HOPPER}
-    for key, value in vars(module).items():
+    functions = [value.fn for value in vars(module).values() if isinstance(value, JITFunction)]
+    for key, value in (item for function in functions for item in function.__globals__.items()):
         if isinstance(value, JITFunction):
-            names[key] = FunctionType(value.fn.__code__, names, key, value.fn.__defaults__)
+            names[key] = FunctionType(value.fn.__code__, names, key)
         elif key.isupper():
             names[key] = getattr(value, "value", value)
+    _failed.clear()
 
     def run(program: int) -> None:
         _part.grid, _part.program = programs, program

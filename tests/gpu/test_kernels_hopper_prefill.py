@@ -18,6 +18,10 @@ from tpctl.kernels.attention.hopper_prefill import STAGES, TILE, has_gluon, hopp
 from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.attention.tile_runs import LOG2E
 from tpctl.kernels.common.launch import DeviceFacts, is_hopper, stand_for
+from tpctl.layers.attention import triton as backend
+from tpctl.layers.attention.base import AttentionSpec, LayerKV
+from tpctl.layers.attention.paged import PagedPlan
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gluon(), reason="this Triton's Gluon is another")]
 
@@ -83,7 +87,7 @@ def test_its_code_attends(tile: int, block: int, programs: int, batch: str) -> N
         min(programs, works),
         Descriptor(case.q_TND.view(tokens, -1), [64, head_dim]),
         *(Descriptor(cache.view(-1, 2 * head_dim), [tile, head_dim]) for cache in (case.k_cache, case.v_cache)),
-        *(Pointer(one) for one in (case.tables, case.starts, case.lens, torch.zeros(1, dtype=torch.int32), out)),
+        *(Pointer(one) for one in (case.tables, case.starts, case.lens, out)),
         head_dim**-0.5 * LOG2E.value,
         len(case.lens),
         heads,
@@ -93,7 +97,6 @@ def test_its_code_attends(tile: int, block: int, programs: int, batch: str) -> N
         2,
         block,
         STAGES=STAGES,
-        LATE=True,
     )
     case.check(out)
 
@@ -106,8 +109,9 @@ def test_matches_reference(heads: int, kv_heads: int, block: int, batch: str) ->
     out = torch.full_like(case.q_TND, float("nan"))
     case.check(hopper_prefill(*case, scale=128**-0.5, out=out))
     if batch in LONG:
-        assert takes(case.q_TND, case.k_cache, len(case.lens))
-        assert torch.equal(paged_prefill(*case)[3:], out[3:])
+        pairs = 1 << 30
+        assert takes(case.q_TND, case.k_cache, pairs)
+        assert torch.equal(paged_prefill(*case, pairs=pairs)[3:], out[3:])
 
 
 @pytest.fixture
@@ -123,8 +127,10 @@ def h200() -> Iterator[None]:
     "changed,used",
     [
         ({}, True),
-        ({"tokens": 1023}, False),
-        ({"tokens": 2047, "seqs": 2}, False),
+        ({"pairs": None}, False),
+        ({"pairs": (1 << 25) - 1}, False),  # two heads
+        ({"pairs": (1 << 25), "tokens": 1 << 16}, True),
+        ({"pairs": (1 << 25), "tokens": 1 + (1 << 16)}, False),
         ({"block": 64}, False),
         ({"block": 384}, True),
         ({"head_dim": 64}, False),
@@ -140,7 +146,8 @@ def h200() -> Iterator[None]:
     ],
 )
 def test_is_used_where_it_can(h200: None, changed: dict[str, Any], used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    has = {"tokens": 1024, "seqs": 1, "block": 128, "head_dim": 128, "dtype": torch.bfloat16, "facts": H200} | changed
+    has = {"tokens": 512, "pairs": 1 << 25, "block": 128, "head_dim": 128, "dtype": torch.bfloat16, "facts": H200}
+    has |= changed
     stand_for(has["facts"])
     monkeypatch.setattr(module.triton, "__version__", has.get("version", "3.6.0"))
     launches: list[str] = []
@@ -159,6 +166,30 @@ def test_is_used_where_it_can(h200: None, changed: dict[str, Any], used: bool, m
         options["factors"] = torch.zeros(1, 2, has["block"], 2, dtype=torch.uint8)
         cache = torch.empty(1, 2, has["block"], 192, dtype=torch.uint8)
     q_TND = torch.empty(has["tokens"], 2, has["head_dim"], dtype=has["dtype"])
-    table, starts, lens = torch.zeros(3, has["seqs"] + 1, dtype=torch.int32)
-    paged_prefill(q_TND, cache, cache, table[None], starts, lens[1:], **options)
+    table, starts, lens = torch.zeros(3, 2, dtype=torch.int32)
+    paged_prefill(q_TND, cache, cache, table[None], starts, lens[1:], pairs=has["pairs"], **options)
     assert launches == ["gluon" if used else "triton"]
+
+
+def test_a_step_tells_how_much_its_prompts_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, empty = torch.zeros(6, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    batch = ForwardBatch(
+        input_ids=tokens,
+        rope_positions=tokens,
+        pools=(PoolTables(tokens, torch.zeros(3, 1, dtype=torch.int32)),),
+        query_lens=[1, 3, 2],
+        seq_lens=[9, 3, 7],
+        num_decodes=1,
+        logits_rows=empty,
+        query_start_S1=torch.tensor([0, 1, 4, 6], dtype=torch.int32),
+        seq_lens_S=torch.tensor([9, 3, 7], dtype=torch.int32),
+    )
+    told: list[int | None] = []
+    monkeypatch.setattr(backend, "paged_prefill", lambda *_, pairs, **__: told.append(pairs))
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=128, scale=1.0)
+    q_TND, cache = torch.empty(5, 2, 128), torch.empty(1, 128, 1, 128)
+    chunks = PagedPlan(batch).prefill_chunks
+    kernels = backend.TritonBackend([spec], 128)
+    kernels.prefill_pages(q_TND, LayerKV(spec, cache, cache), chunks, q_TND, None)
+    kernels.prefill_pages(q_TND, LayerKV(spec, cache, cache), chunks._replace(pairs=None), q_TND, None)
+    assert told == [(1 + 2 + 3) + (6 + 7), None]

@@ -37,12 +37,14 @@ class PoolTables(NamedTuple):
 class PrefillChunks(NamedTuple):
     """Where P prefill chunks of a step lie, as in ``ForwardBatch``; in a captured step some may be empty.
 
-    block_tables: int32 [P, M], of each pool. query_start_P1: int32 [P + 1], rows of T. seq_lens_P: int32 [P].
+    block_tables: int32 [P, M], of each pool. query_start_P1: int32 [P + 1], rows of T. seq_lens_P: int32 [P]. pairs: of
+    a new token and one that it sees, without windows; ``None``: the host does not know.
     """
 
     block_tables: tuple[Tensor, ...]
     query_start_P1: Tensor
     seq_lens_P: Tensor
+    pairs: int | None = None
 
 
 class SequenceState(NamedTuple):

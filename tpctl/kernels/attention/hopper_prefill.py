@@ -9,30 +9,35 @@ from tpctl.kernels.attention.tile_runs import LOG2E
 from tpctl.kernels.common.launch import is_hopper, num_multiprocessors
 
 HEAD_DIM, TILE, STAGES = 128, 128, 2
-"""Of the heads that it is for; keys at a time; tiles that its buffers hold."""
+"""Of the heads that it is used for; keys at a time; tiles that its buffers hold."""
 _BLOCK_M = 128
-_FROM = 1024
-"""New tokens of a sequence, in the mean, from which on it is used."""
-_VERSIONS = ("3.6", "3.7")
-"""Of Triton, whose Gluon the kernel is written in: others' has other names."""
+"""Queries of a piece of work."""
+_SEEN, _PAIRS = 512, 1 << 26
+"""Tokens that a new one sees, in the mean, and pairs of all heads, from which on it is used: fewer are too few pieces
+for the device, or too short ones."""
+_MANY = 32
+"""Pieces for each multiprocessor from which on those of several sequences are about even among them."""
+_VERSIONS = ("3.6.", "3.7.")
+"""Of Triton, whose Gluon the kernel is written in: in others there are other names."""
 
 
 def has_gluon() -> bool:
     """Whether this Triton can compile the kernel."""
-    return triton.__version__.startswith(tuple(f"{version}." for version in _VERSIONS))
+    return triton.__version__.startswith(_VERSIONS)
 
 
-def takes(q_TND: torch.Tensor, k_cache: torch.Tensor, num_seqs: int) -> bool:
-    """Whether `hopper_prefill` is faster than `paged_prefill`'s kernel here, and can read what there is. k_cache:
-    [num_blocks, B, K, D], as are values."""
-    num_tokens, _, head_dim = q_TND.shape
+def takes(q_TND: torch.Tensor, k_cache: torch.Tensor, pairs: int) -> bool:
+    """Whether `hopper_prefill` is faster than `paged_prefill`'s own kernel, and can read what there is. k_cache:
+    [num_blocks, B, K, D], as are values. pairs: as of `paged_prefill`."""
+    num_tokens, num_heads, head_dim = q_TND.shape
     return (
         is_hopper(q_TND.device)
         and has_gluon()
         and q_TND.dtype == k_cache.dtype == torch.bfloat16
         and head_dim == HEAD_DIM
         and k_cache.shape[1] % TILE == 0
-        and num_tokens >= _FROM * num_seqs
+        and pairs >= _SEEN * num_tokens
+        and pairs * num_heads >= _PAIRS
         and (q_TND.data_ptr() | 2 * q_TND.stride(0)) % 16 == 0
     )
 
@@ -47,9 +52,9 @@ def hopper_prefill(
     *,
     scale: float,
     out: torch.Tensor,
-    late: bool = True,
 ) -> torch.Tensor:
-    """`paged_prefill` of what it `takes`, where a query sees all that is before it."""
+    """`paged_prefill` of bfloat16 heads of 64 or 128, blocks of a multiple of `TILE` and aligned queries, where a query
+    sees all that is before it."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -66,16 +71,20 @@ def hopper_prefill(
         TensorDescriptor(cache, [num_blocks * block_size, width], [width, 1], [TILE, head_dim], layout)
         for cache in (k_cache, v_cache)
     )
-    # Pieces of work of a head: as many as there are full ones, and one more per sequence.
+    # Of a head as many pieces as there are full ones, and one more per sequence.
     works = num_heads * (num_tokens // _BLOCK_M + num_seqs)
-    hopper_prefill_kernel[(min(works, num_multiprocessors(q_TND.device)),)](
+    # A program for each multiprocessor does its next piece with no start; but a few pieces of several sequences are
+    # not even among them, so that the device had better give out programs as others end.
+    programs = num_multiprocessors(q_TND.device)
+    if num_seqs > 1 and works < _MANY * programs:
+        programs = works
+    hopper_prefill_kernel[(min(works, programs),)](
         q,
         k,
         v,
         block_tables,
         query_start_loc,
         seq_lens_S,
-        torch.zeros(1, dtype=torch.int32, device=q_TND.device),  # pieces that have been taken
         out,
         scale * LOG2E.value,
         num_seqs,
@@ -86,7 +95,6 @@ def hopper_prefill(
         num_heads // num_kv_heads,
         block_size,
         STAGES=STAGES,
-        LATE=late,
         num_warps=4,
     )
     return out

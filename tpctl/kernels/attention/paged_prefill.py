@@ -279,6 +279,7 @@ def paged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks_N: torch.Tensor | None = None,
+    pairs: int | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -291,7 +292,8 @@ def paged_prefill(
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
     all). softcap: a scaled score s becomes softcap * tanh(s / softcap). sinks_N: [N], scores that join the softmax of
-    each head, with no value of their own. scale: default D ** -0.5. Returns [T, N, D].
+    each head, with no value of their own. scale: default D ** -0.5. pairs: of a new token and one that it sees, over
+    all sequences, where the host knows; much work has a kernel of its own (`hopper_prefill`). Returns [T, N, D].
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -303,7 +305,7 @@ def paged_prefill(
     num_seqs = seq_lens_S.shape[0]
     scale = head_dim**-0.5 if scale is None else scale
     plain = factors is None and sinks_N is None and not (window or softcap or pdl)
-    if plain and takes(q_TND, k_cache, num_seqs):
+    if plain and pairs is not None and takes(q_TND, k_cache, pairs):
         return hopper_prefill(
             q_TND, k_cache, v_cache, block_tables, query_start_loc, seq_lens_S, scale=scale, out=out_TND
         )

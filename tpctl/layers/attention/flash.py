@@ -93,7 +93,7 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, plan: FlashPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         assert sinks_N is None, "select refuses flash-attn for them"
-        (tables,), starts, lens = plan.prefill_chunks
+        (tables,), starts, lens, _ = plan.prefill_chunks
         batch = plan.batch
         decodes = batch.num_decodes
         longest_query, longest = max(batch.query_lens[decodes:]), max(batch.seq_lens[decodes:])

@@ -40,7 +40,9 @@ class PagedPlan(AttentionPlan):
         decodes = batch.num_decodes
         starts = batch.query_start_S1[decodes:] - decodes
         tables = tuple(pool.block_tables[decodes:] for pool in batch.pools)
-        return PrefillChunks(tables, starts, batch.seq_lens_S[decodes:])
+        lengths = zip(batch.query_lens[decodes:], batch.seq_lens[decodes:], strict=True)
+        pairs = sum(new * (2 * length - new + 1) // 2 for new, length in lengths)
+        return PrefillChunks(tables, starts, batch.seq_lens_S[decodes:], pairs)
 
 
 class PagedBackend(AttentionBackend[PlanT]):

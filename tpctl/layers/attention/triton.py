@@ -270,6 +270,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             window=kv.spec.window,
             softcap=kv.spec.softcap,
             sinks_N=sinks_N,
+            pairs=chunks.pairs,
             out=out_TND,
         )
 
