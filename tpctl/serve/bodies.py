@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from typing import Any, Self
 
@@ -28,6 +29,11 @@ come slowly, keep none of them out."""
 
 _UNWANTED, _UNWANTED_SECONDS = 16 << 20, 5.0
 """Bytes of a body that are read though it is refused, and in how much time."""
+
+
+_TAIL = 32
+_HALF = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}[^\\]*"[^"]*$')
+"""What a body ends with that msgspec calls truncated: it looks for the other half behind the end."""
 
 
 class Room:
@@ -113,7 +119,8 @@ async def read_object(
     try:
         body = msgspec.json.decode(raw)
     except msgspec.MsgspecError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+        said = "it holds half of a surrogate pair" if _HALF.search(raw[-_TAIL:]) else error
+        raise ApiError(400, f"the body is not valid JSON: {said}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply to be read") from None
     if not isinstance(body, dict):
