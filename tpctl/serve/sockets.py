@@ -27,7 +27,8 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise UsageError(f"--host {host}: {error.strerror or error}") from None
+        said = f"--host {host}: {error.strerror or error}"
+        raise UsageError(f"{said}; give a name or an address of this host alone, and the port as --port") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # which connections take over
