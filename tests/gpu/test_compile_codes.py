@@ -212,8 +212,7 @@ def test_codes_through_a_ring(kind: str, rows: int, inputs: int, gated: bool, tm
     built, shared = ring(codes, rows, tmp_path, gated=gated)
     assert built.shared == shared <= SHARED[90]  # all of it is the kernel's own, which begins where it is told
     assert built.stack <= SPILLED
-    if rows == 1:  # so that two programs are on a multiprocessor
-        assert 2 * (shared + 1024) <= 228 << 10 and built.registers <= 128
+    assert built.registers <= 128  # so that two programs of 8 warps are on a multiprocessor
     # From the first products to the last no warp waits for another one, and every read is far ahead of its products.
     loop = built.sass[built.sass.index("HMMA") : built.sass.rindex("HMMA")]
     assert "LDL" not in loop and "STL" not in loop

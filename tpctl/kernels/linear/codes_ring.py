@@ -28,15 +28,21 @@ MOST_ROWS = 8
 _SHARED = 232448
 """Bytes of shared memory that a program may have on a Hopper."""
 
+_TWO, _ONE = 77056, 115968
+"""So many bytes that no more than two, or one, of the programs fit a multiprocessor. A kernel's programs start where
+those before it end first: were there room for more, some multiprocessors would get too many, and others none."""
+
 
 class CodesRingConfig(NamedTuple):
     """Warps of a program, groups of 128 inputs that a warp sums at once, how many such runs are on their way, programs,
-    most registers: with more the assembler reads tiles long before it multiplies by them."""
+    bytes of shared memory that one takes at least, most registers: with more the assembler reads tiles long before it
+    multiplies by them."""
 
     num_warps: int
     run: int
     ahead: int
     programs: int
+    least: int = 0
     registers: int = 80
 
 
@@ -64,7 +70,8 @@ def pick_codes_ring(
     """How to cut a linear, or None for what other kernels are for. Measured on an H200 at the sizes of Llama-8B.
 
     A program has 64 KB on their way (FP8 96 where it sums short runs), so that the next kernel's fits beside it; two
-    programs a multiprocessor go through many outputs. None where units of 16 outputs leave a fourth of the programs
+    programs a multiprocessor go through many outputs. Linears of no more outputs than inputs, which stand between those
+    of more, are alone of their kind on a multiprocessor. None where units of 16 outputs leave a fourth of the programs
     idle, where x is long (FP8: 64 KB), and without Gluon.
     """
     if codes_ring_kernel is None or not hopper or rows > MOST_ROWS or codes.columns < 2048 or not takes_ring(codes):
@@ -76,7 +83,8 @@ def pick_codes_ring(
     longest = min(8 // most, 4 if wide and not many else 8)
     run = max(one for one in range(1, longest + 1) if share % one == 0)
     tiles = 8 if not wide else 6 if rows == 1 else 4
-    config = CodesRingConfig(warps, run, max(1, tiles // run), (2 if many else 1) * multiprocessors)
+    least = _TWO if codes.outputs > codes.columns else _ONE
+    config = CodesRingConfig(warps, run, max(1, tiles // run), (2 if many else 1) * multiprocessors, least)
     cut = cut_of(rows, codes, gated=gated, config=config)
     idle = 4 * units < 3 * cut.units * config.programs
     return None if idle or cut.bytes > _SHARED or (wide and most * codes.columns > 32768) else config
@@ -102,6 +110,7 @@ def cut_of(rows: int, codes: Codes, *, gated: bool, config: CodesRingConfig) -> 
         ahead=config.ahead,
         programs=programs,
         units=-(-units // programs),
+        least=config.least,
     )
 
 

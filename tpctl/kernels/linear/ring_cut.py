@@ -17,7 +17,7 @@ class RingCut(NamedTuple):
         has_zeros: there is one for each scale. fp16: scales are float16, not bfloat16.
         gated: of a unit's rows eight are gates, and the others their up halves.
         rows: of x: 1, 2, 4 or 8. run: groups, at most 8 / rows. ahead: runs that the ring holds for a warp.
-        units: the most that one of so many programs has.
+        units: the most that one of so many programs has. least: bytes of shared memory that a program is to take.
     """
 
     kind: str
@@ -32,6 +32,7 @@ class RingCut(NamedTuple):
     ahead: int
     programs: int
     units: int
+    least: int = 0
 
     @property
     def threads(self) -> int:
@@ -126,4 +127,5 @@ class RingCut(NamedTuple):
     @property
     def bytes(self) -> int:
         """All, in multiples of 256."""
-        return -(-(self.partial + self.units * self.warps * self.rows * 64) // 256) * 256
+        needed = self.partial + self.units * self.warps * self.rows * 64
+        return -(-max(self.least, needed) // 256) * 256
