@@ -12,7 +12,7 @@ What is computed, by which operations and in which types, stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -51,7 +51,7 @@ def _look_once(function: FunctionType) -> interpreter._LangPatchScope:
     return _look(function)
 
 
-def _bind(obj: Any, name: str, member: Callable[..., Any], _: Any, scope: interpreter._LangPatchScope) -> None:
+def _bind(obj: Any, name: str, member: Any, _: Any, scope: interpreter._LangPatchScope) -> None:
     """``member`` with the interpreter's semantic; without the wrapper that asks whether there is one."""
     call = member.__wrapped__ if member.__code__ is _WRAPPER else member
 

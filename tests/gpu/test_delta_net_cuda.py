@@ -25,7 +25,6 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners.cuda import CudaRunner
 from tpctl.engine.scheduling.scheduled import StateUse
 from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.mixed import MixedGraphs
@@ -95,7 +94,7 @@ def test_drafts_are_rows_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some hold and some do not, across the border of a block."""
-    monkeypatch.setattr(CudaRunner, "row_cost", RowCost(0, 0))
+    monkeypatch.setattr(cuda_runner, "gpu_cost", lambda loaded: RowCost(0, 0))
     model = make_looping("qwen3_next", tmp_path / "hf", 0.2, **SIZES)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     settings: dict[str, Any] = {"kv_cache_memory": 4 << 20, "max_num_seqs": 12, "enforce_eager": eager}

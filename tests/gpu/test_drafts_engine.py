@@ -54,6 +54,12 @@ COPIES = {"qwen3_5_text": 0.03, "qwen3_next": 0.003}
 PROMPTS = [[5, 6, 7, 8] * 12, [9, 9, 9], list(range(30, 90))]
 
 
+@pytest.fixture(autouse=True)
+def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that as much is drafted, and computed, as can be."""
+    monkeypatch.setattr(cuda, "gpu_cost", lambda loaded: RowCost(0, 0))
+
+
 def run(shards: Path, params: SamplingParams | None = None, **settings: Any) -> tuple[list[list[int]], EngineStats]:
     defaults = {"kv_cache_memory": 64 << 20, "max_num_seqs": 48, "max_num_batched_tokens": 128}
     engine = Engine(EngineConfig(shards, 1, device="cuda", **{**defaults, **settings}), TPGroup(0, 1, "cuda"))
@@ -89,12 +95,6 @@ def test_every_form_of_keys_and_values_stays_near_float32(form: str, tmp_path: P
     assert most_behind(model, PROMPTS, found) < 0.25
 
 
-@pytest.fixture
-def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that as much is drafted, and computed, as can be."""
-    monkeypatch.setattr(cuda, "gpu_cost", lambda loaded: RowCost(0, 0))
-
-
 def predicting(name: str, folder: Path, **cut: Any) -> Any:
     """Shards of a model whose own layer's drafts hold often; transformers' model of it."""
     make_copying(name, folder / "hf", COPIES.get(name, 0.01), **{**WIDE, **PREDICTING[name]})
@@ -106,7 +106,6 @@ def predicting(name: str, folder: Path, **cut: Any) -> Any:
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", PREDICTING)
-@pytest.mark.usefixtures("rows_cost_nothing")
 def test_a_models_own_layer_drafts(name: str, eager: bool, tmp_path: Path) -> None:
     """In captured steps and without; beyond a block, and as many requests as fill one size and the next."""
     model = predicting(name, tmp_path)
@@ -128,7 +127,6 @@ def test_a_models_own_layer_drafts(name: str, eager: bool, tmp_path: Path) -> No
     ],
 )
 @pytest.mark.parametrize("name", PREDICTING)
-@pytest.mark.usefixtures("rows_cost_nothing")
 def test_what_is_sampled_is_what_comes_without_drafts(name: str, params: dict[str, Any], tmp_path: Path) -> None:
     predicting(name, tmp_path)
     sampling = SamplingParams(max_tokens=40, ignore_eos=True, seed=5, **params)
@@ -139,7 +137,6 @@ def test_what_is_sampled_is_what_comes_without_drafts(name: str, params: dict[st
 
 
 @pytest.mark.parametrize("name", PREDICTING)
-@pytest.mark.usefixtures("rows_cost_nothing")
 def test_a_models_own_layer_drafts_in_bfloat16(name: str, tmp_path: Path) -> None:
     """With keys and values in whatever form is best."""
     model = predicting(name, tmp_path, dtype="bfloat16")
