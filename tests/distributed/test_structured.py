@@ -43,7 +43,7 @@ def test_a_sample_of_schemas(demo: ResolvedSource, tp: int, start: int) -> None:
     """All of them: ``python -m tests.distributed.schema_suite``."""
     schemas = all_schemas()
     assert len({name for name, _ in schemas}) == len(schemas) >= 200
-    some = schemas[start::20]
+    some = schemas[start::32]
     with LLM(demo.folder, tp=tp, device="cpu", max_model_len=1024, kv_cache_memory=256 << 20) as llm:
         answers = ask(llm, some, 1.0, 96)
         assert wrong(some, answers) == []

@@ -129,7 +129,7 @@ def test_short_prompts_are_replayed(name: str, tmp_path: Path, replayed: list[Ha
         for turn in range(2):
             for wave in waves:
                 some = {id: [3 + (token + turn) % 120 for token in ids] for id, ids in wave.items()}
-                found.append(run(engine, some, 3))
+                found.append(run(engine, some, 2))
                 while engine.runner.rest():
                     pass
                 for id, tokens in found[-1].items():

@@ -23,28 +23,38 @@ PROMPTS = [*(SHARED[:length] for length in (3, 17, 23, 24, 25, 40)), [*SHARED[:2
 
 
 def answers(
-    model: Any, prompts: Sequence[list[int]] = PROMPTS, count: int = TOKENS, cache: Callable[[], Any] = lambda: None
+    model: Any,
+    prompts: Sequence[list[int]] = PROMPTS,
+    count: int = TOKENS,
+    cache: Callable[[], Any] = lambda: None,
+    guess: Sequence[list[int]] | None = None,
 ) -> list[list[int]]:
     """What transformers' ``model`` answers greedily: ``count`` tokens behind each of ``prompts``.
 
-    All together and from the beginning for every token: no position sees the ones behind it, so what rows are filled
-    up with changes nothing, and no mask is needed. Not for models whose tables change with the length of a batch.
+    All together, in passes over the prompts and as many tokens: each place takes what is likeliest behind the ones
+    before, until nothing changes. The first pass that does so was made of the answers; each before has put one more of
+    them right at least. No position sees the ones behind it, so what rows are filled up with changes nothing, and no
+    mask is needed. Not for models whose tables change with the length of a batch.
 
     Args:
         cache: makes what takes the keys and values of one pass; as a rule nothing does.
+        guess: what is held against it; where that is right, one pass is enough.
     """
-    ends, rows = torch.tensor([len(prompt) for prompt in prompts]), torch.arange(len(prompts))
-    longest = int(ends.max())
-    ids = torch.zeros(len(prompts), longest + count, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ends, rows = torch.tensor([len(prompt) for prompt in prompts]), torch.arange(len(prompts))[:, None]
+    places = ends[:, None] + torch.arange(count)
+    ids = torch.zeros(len(prompts), int(ends.max()) + count, dtype=torch.long)
+    for row, (prompt, tokens) in enumerate(zip(prompts, guess or [[0] * count] * len(prompts), strict=True)):
+        ids[row, : len(prompt) + count] = torch.tensor([*prompt, *tokens])
     with torch.inference_mode():
-        for number in range(count):
+        for _ in range(count + 1):
             taken = cache()
             # By its place: what it is called depends on the version.
-            found = model(ids[:, : longest + number], None, None, taken, use_cache=taken is not None).logits
-            ids[rows, ends + number] = found[rows, ends + number - 1].argmax(-1)
-    return [ids[row, end : end + count].tolist() for row, end in enumerate(ends.tolist())]
+            found = model(ids[:, :-1], None, None, taken, use_cache=taken is not None).logits
+            likeliest = found[rows, places - 1].argmax(-1)
+            if torch.equal(likeliest, ids[rows, places]):
+                return likeliest.tolist()
+            ids[rows, places] = likeliest
+    raise AssertionError("what is likeliest somewhere depends on what is behind it")
 
 
 def generated(model: Any, prompts: Sequence[list[int]] = PROMPTS, count: int = TOKENS) -> list[list[int]]:
