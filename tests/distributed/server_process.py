@@ -36,7 +36,8 @@ class ServerProcess:
         self.url = ""
         self.said: list[str] = []
         self._ready = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Self:
         self.ready()
@@ -56,6 +57,11 @@ class ServerProcess:
     def ready(self) -> Self:
         assert self._ready.wait(PATIENCE) and self.url, self.said
         return self
+
+    def told(self) -> str:
+        """The last line that it wrote to stderr before it ended."""
+        self._reader.join(PATIENCE)
+        return self.said[-1]
 
     def workers(self) -> list[int]:
         """Ids of its live workers."""

@@ -15,6 +15,8 @@ from tests.distributed.server_process import PATIENCE, ServerProcess
 
 pytestmark = pytest.mark.slow
 
+WAITED_FOR = "tpctl serve: 1 request is under way, with 60 s to end; a second signal ends it at once"
+
 
 def test_a_dead_rank_ends_the_server_with_its_reason(small: str) -> None:
     process = ServerProcess(small, "--tp", "2", "--device", "cpu", "--kv-cache-memory", "64MiB")
@@ -45,6 +47,7 @@ def test_signals_end_it_in_order(small: str) -> None:
                 *_, last = (line for line in lines if line)
             assert last == "data: [DONE]"
             assert process.process.wait(PATIENCE) == code
+        assert process.told() == WAITED_FOR
         assert not process.workers()
 
 
