@@ -294,6 +294,16 @@ def test_what_caches_of_other_numbers_launch_was_found(
     check(config_of("llama3", tmp_path, kv_cache_dtype=dtype), h200, monkeypatch)
 
 
+def test_what_sees_much_was_found(tmp_path: Path, h200: DeviceFacts) -> None:
+    """The last chunks of a prompt, of which each is too small for the kernel that long prompts take."""
+    wide = {"head_dim": 128, "num_attention_heads": 16, "num_hidden_layers": 1, "max_position_embeddings": 32768}
+    make_checkpoint("llama3", tmp_path / "hf", **{**SHAPE, **wide})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    few = {"max_num_seqs": 2, "block_size": 128, "enforce_eager": True}
+    config = EngineConfig(tmp_path / "tp1", 1, device="cuda", **{**SETTINGS, **few})
+    assert "hopper_prefill_kernel" in {spec.name for spec in found_by(Order(config, [0], h200, False))}
+
+
 @pytest.mark.parametrize("peers", [False, True])
 def test_ranks_that_reach_each_other_are_rehearsed_with_sums_in_their_kernels(
     peers: bool, tmp_path: Path, h200: DeviceFacts

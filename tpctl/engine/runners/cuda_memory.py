@@ -126,10 +126,15 @@ def largest_prompts(loaded: LoadedModel) -> list[int]:
 
 
 def run_prompts(
-    loaded: LoadedModel, kv: Sequence[LayerKV | LayerState], lens: list[int], sampled: int, decodes: int = 0
+    loaded: LoadedModel,
+    kv: Sequence[LayerKV | LayerState],
+    lens: list[int],
+    sampled: int,
+    decodes: int = 0,
+    cached: int = 0,
 ) -> Tensor:
     """Compute prompts of these lengths, of any tokens, behind so many decodes, and keep none of it: the logits of
-    ``sampled`` rows."""
+    ``sampled`` rows. cached: tokens that the host takes to be before each of them, which are not read."""
     device = loaded.group.device
     lens = [1] * decodes + lens
     rows = torch.zeros(sampled, dtype=torch.int64, device=device)
@@ -141,7 +146,7 @@ def run_prompts(
         rope_positions=torch.zeros(sum(lens), dtype=torch.int64, device=device),
         pools=tuple(PoolTables(nowhere, table) for table in tables),
         query_lens=lens,
-        seq_lens=lens,
+        seq_lens=[cached + length for length in lens],
         num_decodes=decodes,
         logits_rows=rows,
         query_start_S1=torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device),

@@ -205,6 +205,9 @@ class Rehearsal:
         steps += [(lens, rows, 0) for rows in (seqs, 8, 32) for lens in (largest, [EARLY_ROWS])]
         steps += [([tokens - decodes], 1, decodes) for tokens in (sum(largest), *_PROMPTS) for decodes in _BESIDE]
         yield from self._those_that_fit(steps)
+        before = self._loaded.wanted_len - largest[0]
+        for cached in {before, min(before, 7 * largest[0])} - {0}:  # last chunks of long prompts; some are unpacked
+            yield lambda cached=cached: self._prompt(largest[:1], 1, 0, cached)  # type: ignore[misc]
 
     def _of_every_size(self) -> Iterator[Callable[[], None]]:
         """Where kernels are chosen by how many rows a layer has, as those of codes and of experts are: all sizes, and
@@ -222,8 +225,8 @@ class Rehearsal:
             if fits and lens[0] > 0 and max(rows, decodes) <= settings.max_num_seqs:
                 yield lambda step=(lens, rows, decodes): self._prompt(*step)  # type: ignore[misc]
 
-    def _prompt(self, lens: list[int], rows: int, decodes: int) -> None:
-        self._sample(run_prompts(self._loaded, self._kv, lens, rows, decodes), DIRECT)
+    def _prompt(self, lens: list[int], rows: int, decodes: int, cached: int = 0) -> None:
+        self._sample(run_prompts(self._loaded, self._kv, lens, rows, decodes, cached), DIRECT)
 
     def _sample(self, logits: Tensor, path: SamplingPath) -> None:
         at, keys = (logits.new_zeros(shape, dtype=torch.int64) for shape in ((len(logits),), (len(logits), 2)))
