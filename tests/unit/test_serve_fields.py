@@ -18,6 +18,8 @@ from tests.unit.test_serve import CHAT, TEXT, chat, events
 from tests.unit.test_serve_refusals import error
 from tpctl.client.openai_schemas import METADATA, RESPONSES
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.asked import read_tools
+from tpctl.serve.items import chat_tools
 from tpctl.wire.guide import of_schema
 from tpctl.wire.sampling import SamplingParams
 
@@ -198,3 +200,31 @@ def test_what_stands_in_for_a_tokenizer(tmp_path: Path) -> None:
         assert info == {**tokenizer.special_tokens, "chat_template": template} and info["eos_token"] == "</s>"
         plain = client.post("/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()
         assert client.post("/detokenize", json={"tokens": plain["tokens"]}).json()["prompt"] == "ab"
+
+
+def test_what_is_null_is_not_there_wherever_it_stands(tokenizer: Tokenizer) -> None:
+    """As clients send it that write down all fields they know."""
+    schema = {"name": "a", "schema": SCHEMA, "strict": True}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, chat(response_format={"type": "json_object", "json_schema": None, "later": None})),
+        (CHAT, chat(response_format={"type": "json_schema", "json_schema": {**schema, "later": None}})),
+        (CHAT, chat(response_format={"type": "text", "json_schema": None})),
+        (CHAT, chat(stream=True, stream_options={"include_usage": None, "later": None})),
+        (
+            RESPONSES,
+            {"input": "a", "text": {"format": {"type": "json_schema", **schema, "later": None}, "later": None}},
+        ),
+        (RESPONSES, {"input": "a", "reasoning": {"effort": None, "later": None}}),
+    ]
+    with served(tokenizer) as (client, _):
+        described = client.get("/openapi.json").json()
+        for path, body in asked:
+            response = client.post(path, json=body)
+            assert response.status_code == 200, response.text
+            content = described["paths"][path]["post"]["requestBody"]["content"]
+            Draft202012Validator(content["application/json"]["schema"]).validate(body)
+    tool = {"type": "function", "later": None, "function": {"name": "f", "description": None, "later": None}}
+    flat = {"type": "function", "function": None, "name": "f", "parameters": None, "strict": None, "later": None}
+    for one in (tool, *chat_tools({"tools": [flat]})["tools"]):
+        tools = read_tools({"tools": [one]})
+        assert tools is not None and list(tools.schemas) == ["f"]

@@ -108,6 +108,11 @@ def closed(properties: Mapping[str, Schema], *required: str) -> Schema:
     return {**found, "required": list(required)} if required else found
 
 
+def asked(properties: Mapping[str, Schema], *required: str) -> Schema:
+    """The same of a body or of what is in one: what is null is not there, whatever its name."""
+    return {**closed(properties, *required), "additionalProperties": {"type": "null"}}
+
+
 def nullable(schema: Schema) -> Schema:
     return schema if schema == ANYTHING else {"anyOf": [schema, {"type": "null"}]}
 
@@ -116,13 +121,13 @@ def _nullable(properties: Mapping[str, Schema]) -> dict[str, Schema]:
     return {name: nullable(schema) for name, schema in properties.items()}
 
 
-_JSON_SCHEMA = closed(
+_JSON_SCHEMA = asked(
     {"name": nullable(STRING), "description": nullable(STRING), "schema": OBJECT, "strict": nullable(FLAG)}, "schema"
 )
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
-        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
-        closed({"type": {"const": "json_schema"}, "json_schema": _JSON_SCHEMA}, "type", "json_schema"),
+        asked({"type": {"enum": ["text", "json_object"]}}, "type"),
+        asked({"type": {"const": "json_schema"}, "json_schema": _JSON_SCHEMA}, "type", "json_schema"),
     ]
 }
 FORMS: Mapping[str, Schema] = {
@@ -134,8 +139,8 @@ FORMS: Mapping[str, Schema] = {
 NOT_IN_STREAMS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 """The same of ``stream_options``: chunks are as long as their texts make them."""
 
-STREAM_OPTIONS = closed(_nullable({"include_usage": FLAG, "continuous_usage_stats": FLAG, **harmless(NOT_IN_STREAMS)}))
-_FUNCTION = closed(
+STREAM_OPTIONS = asked(_nullable({"include_usage": FLAG, "continuous_usage_stats": FLAG, **harmless(NOT_IN_STREAMS)}))
+_FUNCTION = asked(
     {
         "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
         "description": nullable(STRING),
@@ -147,7 +152,7 @@ _FUNCTION = closed(
 TOOLS: Schema = {
     "type": "array",
     "maxItems": MOST_TOOLS,
-    "items": closed({"type": {"const": "function"}, "function": _FUNCTION}, "type", "function"),
+    "items": asked({"type": {"const": "function"}, "function": _FUNCTION}, "type", "function"),
 }
 _CALLED = closed({"name": STRING}, "name")
 _NAMED = closed({"type": {"const": "function"}, "function": _CALLED}, "type", "function")
@@ -225,14 +230,14 @@ _OF_CHATS: Mapping[str, Schema] = {
 }
 _FORMAT: Schema = {
     "anyOf": [
-        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
-        closed({"type": {"const": "json_schema"}, **_JSON_SCHEMA["properties"]}, "type", "schema"),
+        asked({"type": {"enum": ["text", "json_object"]}}, "type"),
+        asked({"type": {"const": "json_schema"}, **_JSON_SCHEMA["properties"]}, "type", "schema"),
     ]
 }
 _FLAT_TOOLS: Schema = {
     **TOOLS,
     "items": {
-        "anyOf": [TOOLS["items"], closed({"type": {"const": "function"}, **_FUNCTION["properties"]}, "type", "name")]
+        "anyOf": [TOOLS["items"], asked({"type": {"const": "function"}, **_FUNCTION["properties"]}, "type", "name")]
     },
 }
 _FLAT_CHOICE: Schema = {"anyOf": [TOOL_CHOICE, closed({"type": {"const": "function"}, "name": STRING}, "type", "name")]}
@@ -264,8 +269,8 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "max_output_tokens": RANGES["max_tokens"].schema(),
         "include": {"type": "array", "items": {"enum": list(INCLUDED)}},
         "top_logprobs": RANGES["logprobs"].schema(),
-        "text": closed(_nullable({"format": _FORMAT, **harmless(VERBOSITY)})),
-        "reasoning": closed(_nullable({"effort": STRING, "summary": ANYTHING, "generate_summary": ANYTHING})),
+        "text": asked(_nullable({"format": _FORMAT, **harmless(VERBOSITY)})),
+        "reasoning": asked(_nullable({"effort": STRING, "summary": ANYTHING, "generate_summary": ANYTHING})),
         **_SAMPLING,
         **_OF_CHATS,
         "tools": _FLAT_TOOLS,
@@ -286,6 +291,6 @@ def body(path: str) -> Schema:
 
 
 def body_of(fields: Mapping[str, Schema], *needed: str) -> Schema:
-    """A body of these fields; what is null is not there, whatever its name."""
+    """A body of these fields."""
     given = {name: schema if name in needed else nullable(schema) for name, schema in fields.items()}
-    return {**closed(given, *needed), "additionalProperties": {"type": "null"}}
+    return asked(given, *needed)

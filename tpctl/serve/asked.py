@@ -53,10 +53,9 @@ class Streaming:
             raise FieldError(f"stream_options is {shown(options)}, but stream is not true", "stream_options")
         if not isinstance(options, dict):
             raise FieldError(f"stream_options is {shown(options)}, but must be a JSON object", "stream_options")
-        known = STREAM_OPTIONS["properties"].keys()
-        if unknown := options.keys() - known:
-            raise FieldError(f"unknown field {min(unknown)!r} in stream_options", "stream_options")
         left = given(options)
+        if unknown := left.keys() - STREAM_OPTIONS["properties"].keys():
+            raise FieldError(f"unknown field {min(unknown)!r} in stream_options", "stream_options")
         refuse(left, NOT_IN_STREAMS)
         usage, continuous = (
             flag(left.get(name, False), f"stream_options.{name}")

@@ -37,7 +37,7 @@ def chat_tools(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    if not isinstance(tool, Mapping) or tool.get("type") != "function" or "function" in tool:
+    if not isinstance(tool, Mapping) or tool.get("type") != "function" or tool.get("function") is not None:
         return tool
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 

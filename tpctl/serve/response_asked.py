@@ -99,6 +99,6 @@ def _object(body: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, 
     value = body.pop(name, {})
     if not isinstance(value, dict):
         raise FieldError(f"{name} is {shown(value)}, but must be a JSON object", name)
-    if unknown := value.keys() - set(known):
+    if unknown := (found := given(value)).keys() - set(known):
         raise FieldError(f"unknown field {min(unknown)!r} in {name}", name)
-    return given(value)
+    return found

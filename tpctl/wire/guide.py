@@ -60,6 +60,7 @@ def response_format(value: Any) -> dict[str, Any] | None:
     what = "response_format"
     if not isinstance(value, Mapping):
         raise RequestError(f"{what} is {shown(value)}, but must be a JSON object")
+    value = _given(value)
     kind = value.get("type")
     if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(f'{what}: type is {shown(kind)}, but must be "text", "json_object" or "json_schema"')
@@ -105,10 +106,15 @@ def guide_of(values: Mapping[str, Any], called: str | None = None) -> Guide | No
     return guide
 
 
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What is null is not given."""
+    return {name: one for name, one in value.items() if one is not None}
+
+
 def _check_schema(asked: Any, what: str) -> None:
     if not isinstance(asked, Mapping):
         raise RequestError(f"{what} is {shown(asked)}, but must be a JSON object with a schema")
-    if unknown := sorted(map(str, asked.keys() - _SCHEMA_FIELDS)):
+    if unknown := sorted(map(str, _given(asked).keys() - _SCHEMA_FIELDS)):
         raise RequestError(f"{what}: unknown field {shown(unknown[0])}; known: {', '.join(sorted(_SCHEMA_FIELDS))}")
     if not isinstance(asked.get("schema"), Mapping):
         raise RequestError(f"{what}: schema is {shown(asked.get('schema'))}, but must be a JSON object")

@@ -114,7 +114,7 @@ def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     function = tool.get("function")
     if not isinstance(function, dict):
         raise ToolsError(f"{what}: function is {shown(function)}, but must be a JSON object", "tools")
-    if unknown := function.keys() - {"name", "description", "parameters", "strict"}:
+    if unknown := given(function).keys() - {"name", "description", "parameters", "strict"}:
         raise ToolsError(f"{what}: unknown field {shown(min(unknown))} in its function", "tools")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
