@@ -67,12 +67,12 @@ def installed(*packages: str, beside: bool = False) -> Iterator[Client]:
         home = (kept or temporary / "venvs").resolve() / Path(sys.argv[0]).stem
         python = home / "bin" / "python"
         if not python.exists():
-            venv.create(home, with_pip=True)
+            venv.create(home)
             (packages_folder,) = home.glob("lib/python*/site-packages")
             if beside:
                 ours = [one for one in sys.path if Path(one).name == "site-packages"]
                 (packages_folder / "beside.pth").write_text("\n".join([*ours, str(Path(__file__).parents[2])]) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", *packages], check=True)
         folder = temporary / "home"
         folder.mkdir()
         print("installed", *packages, flush=True)
