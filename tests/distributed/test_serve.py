@@ -65,14 +65,14 @@ def wait_for_free_blocks(server: ServerProcess) -> None:
 @pytest.mark.parametrize("kind", ["completions", "chat"])
 def test_it_is_measured(server: ServerProcess, kind: str) -> None:
     """Words are tokens of the model, and chunks are, too; nothing of what was asked is left behind."""
-    made = ["--num-prompts", "6", "--prompt-tokens", "20", "--output-tokens", "8", "--endpoint", kind]
+    made = ["--num-prompts", "4", "--prompt-tokens", "20", "--output-tokens", "6", "--endpoint", kind]
     options = ["--url", server.url, "--api-key", "k", "--rate", "20,inf", "--json", *made]
     result = CliRunner().invoke(app, ["bench", "serve", *options])
     assert result.exit_code == 0, result
     for run in json.loads(result.stdout)["runs"]:
-        assert (run["completed"], run["failed"], run["output_tokens"], run["uncounted"]) == (6, 0, 48, 0)
-        assert run["prompt_tokens"] == 120 if kind == "completions" else run["prompt_tokens"] > 120
-        assert run["chunks"] <= 48 and 0 < run["ttft"]["p50"] < run["e2e"]["p50"]
+        assert (run["completed"], run["failed"], run["output_tokens"], run["uncounted"]) == (4, 0, 24, 0)
+        assert run["prompt_tokens"] == 80 if kind == "completions" else run["prompt_tokens"] > 80
+        assert run["chunks"] <= 24 and 0 < run["ttft"]["p50"] < run["e2e"]["p50"]
     wait_for_free_blocks(server)
 
 
