@@ -40,6 +40,7 @@ _CONSTANTS: dict[tuple[object, type, str], tl.tensor] = {}
 _NUMPY: dict[str, np.dtype] = {}
 _UNCHANGED = {"fp32", "fp64", "int1", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 """Types of which two operands are computed with as they are, whatever the operation."""
+_BITS = {"int32": 32, "int64": 64}
 _NO_CONTAINERS = {int, float, bool, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type}
 
 
@@ -63,11 +64,22 @@ def _bind(obj: Any, name: str, member: Any, _: Any, scope: interpreter._LangPatc
 
 
 def _check_unlike(semantic: TritonSemantic, lhs: Any, rhs: Any, *flags: bool, **named: bool) -> tuple[Any, Any]:
-    """As they are, where both are of one type that is not promoted."""
-    tensors = lhs.__class__ is tl.tensor and rhs.__class__ is tl.tensor
-    if tensors and lhs.type.name == rhs.type.name and lhs.dtype.name in _UNCHANGED:
-        return lhs, rhs
+    """Where both are of one type that stays, or a number is beside a type that it becomes: nothing is promoted."""
+    if lhs.__class__ is tl.tensor and rhs.__class__ is tl.tensor:
+        if lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in _UNCHANGED:
+            return _broadcast_unlike(semantic, lhs, rhs)
+    elif lhs.__class__ is tl.tensor and _takes(lhs.dtype, rhs):
+        return _broadcast_unlike(semantic, lhs, _constant(semantic, rhs, lhs.dtype))
+    elif rhs.__class__ is tl.tensor and _takes(rhs.dtype, lhs):
+        return _broadcast_unlike(semantic, _constant(semantic, lhs, rhs.dtype), rhs)
     return _check(semantic, lhs, rhs, *flags, **named)
+
+
+def _takes(dtype: tl.dtype, number: Any) -> bool:
+    """Whether a number becomes one of this type beside a tensor of it."""
+    if dtype.name == "fp32":
+        return number.__class__ is float or number.__class__ is int
+    return number.__class__ is int and number.bit_length() < _BITS.get(dtype.name, 0)
 
 
 def _broadcast_unlike(semantic: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
