@@ -1,4 +1,4 @@
-"""Triton's interpreter, without work that it does again and again: what runs there takes 0.4 of the time.
+"""Triton's interpreter, without work that it does again and again: what runs there takes a third of the time.
 
 * For every call of a jitted function by another it looks through the members of ``triton.language`` for builtins to
   replace, though they are replaced while a kernel runs.
