@@ -216,7 +216,7 @@ def test_greedy_tokens_are_those_without(name: str, tp_size: int, tmp_path: Path
 @pytest.mark.usefixtures("rows_cost_nothing")
 def test_greedy_tokens_are_those_without_in_chunks_and_given_up(name: str, tmp_path: Path) -> None:
     shards = damped(tmp_path, name, DAMP.get(name, 0.03)) / "tp1"
-    requests = greedy("", LONG, max_tokens=60)
+    requests = greedy("", LONG, max_tokens=75)
     plain, _ = run(shards, 1, [requests])
     crowded = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "kv_cache_memory": small(shards)}
     tokens, stats = run(shards, 1, [requests], **crowded, **MTP)
