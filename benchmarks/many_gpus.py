@@ -1,7 +1,10 @@
-"""What two, four and eight GPUs of one host do, in one call: a table and JSON, each row as soon as it is there.
+"""What the GPUs of one host do, in one call: a table and JSON, each row as soon as it is there.
 
     python benchmarks/many_gpus.py --gpus 2 [--only dense sums tests …] [--json OUT/many.json] [--limit 560]
     python benchmarks/many_gpus.py --gpus 2 --dry-run
+    python benchmarks/many_gpus.py --gpus 1
+
+Of two, four and eight:
 
     kills       a rank, and the agent, killed in a captured step: what is said, when, and the GPUs' memory
     replicas    ``tpctl batch`` by one engine over all GPUs, and by replicas of half as many, of two and of one
@@ -11,6 +14,17 @@
     uneven      Llama-8B at every smaller tp that divides no heads evenly (3, 5, 6, 7)
     large       Llama-70B: TPOT and throughput
     experts     Qwen3-30B-A3B, bfloat16 and FP8, its experts cut and dealt whole; gpt-oss-20b
+
+Of one, all in docs/performance.md:
+
+    dense       as above
+    quantised   Llama-8B in 4 bits and FP8: steps of few sequences, nano
+    mixtures    Qwen3-30B-A3B, bfloat16 and FP8, and gpt-oss-20b: TPOT, steps, throughput
+    prompts     Llama-8B: first token of 16,000, 32 x 12,000, shared prefixes
+    layers      Gemma-3-12B, Qwen3.6-35B-A3B, Moonlight: TPOT, steps, nano
+    drafts      tokens a second with speculation, by n-grams of real text and by a model's own layer
+    door        ``tpctl serve``: its share of a step with 256 streams
+    kernels     linears of codes, attention of prompts
 
 Each row is a command of its own, which is printed with it and can be run alone. ``--limit``: seconds for all; what
 would begin later is not begun, and named. ``--each``: seconds for one row, and three times as many for one of tests;
@@ -23,6 +37,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,7 +68,7 @@ class Run:
     @property
     def shown(self) -> str:
         words = ["python" if word == sys.executable else word for word in self.command]
-        return " ".join(words).replace(f"{HERE.parent}/", "").replace("python -m tpctl", "tpctl")
+        return shlex.join(words).replace(f"{HERE.parent}/", "").replace("python -m tpctl", "tpctl")
 
 
 @dataclass
@@ -66,8 +81,8 @@ class Found:
     text: str = ""
 
 
-def bench(section: str, kind: str, shape: str, tp_size: int, *more: str, runs: int = 3) -> Run:
-    options = ("--shape", shape, "--tp", str(tp_size), "--runs", str(runs), "--max-model-len", "4096", *more)
+def bench(section: str, kind: str, shape: str, tp_size: int, *more: str, runs: int = 3, longest: int = 4096) -> Run:
+    options = ("--shape", shape, "--tp", str(tp_size), "--runs", str(runs), "--max-model-len", str(longest), *more)
     name = " ".join((shape, kind, f"tp {tp_size}", *more)).replace("--", "")
     return Run(section, name, (*TPCTL, "bench", kind, *options, "--json"))
 
@@ -125,6 +140,53 @@ def kills(gpus: int) -> Iterator[Run]:
     yield Run("kills", "in a captured step", (*script, "--targets", "rank1", "agent", "--phases", "decode"), False)
 
 
+def quantised(gpus: int) -> Iterator[Run]:
+    for shape in ("llama-3.1-8b-w4a16", "llama-3.1-8b-fp8"):
+        yield bench("quantised", "latency", shape, gpus, "--sequences", "1,2,4,8,64")
+        yield bench("quantised", "throughput", shape, gpus, "--workload", "nano", runs=1)
+
+
+def mixtures(gpus: int) -> Iterator[Run]:
+    for shape in ("qwen3-30b-a3b", "qwen3-30b-a3b-fp8", "gpt-oss-20b"):
+        yield bench("mixtures", "latency", shape, gpus, "--sequences", "1,8,64", "--output-tokens", "128")
+        workload = "even" if shape.startswith("gpt-oss") else "nano"
+        yield bench("mixtures", "throughput", shape, gpus, "--workload", workload, runs=1)
+
+
+def prompts(gpus: int) -> Iterator[Run]:
+    shape, in_order = "llama-3.1-8b", ("--scheduling-policy", "fcfs")
+    asked = ("--prompt-tokens", "16000", "--output-tokens", "8")
+    yield bench("prompts", "latency", shape, gpus, *asked, longest=16384)
+    yield bench("prompts", "throughput", shape, gpus, "--workload", "long", *in_order, runs=2, longest=16384)
+    yield bench("prompts", "throughput", shape, gpus, "--workload", "prefix", *in_order, runs=2)
+
+
+def layers(gpus: int) -> Iterator[Run]:
+    for shape in ("gemma-3-12b", "qwen3.6-35b-a3b", "moonlight-16b-a3b"):
+        yield bench("layers", "latency", shape, gpus, "--sequences", "1,8,64", "--output-tokens", "128", runs=2)
+        yield bench("layers", "throughput", shape, gpus, "--workload", "nano", runs=1)
+
+
+def drafts(gpus: int) -> Iterator[Run]:
+    spoken = ("demo", "--device", "cuda", "--runs", "2", "--tokens", "96")
+    yield Run("drafts", "n-grams", (sys.executable, str(HERE / "speculation_bench.py"), *spoken), False)
+    for family in ("deepseek_v3", "qwen3_5_text"):
+        made = ("--family", family, "--layers", "8", "--runs", "3")
+        yield Run("drafts", family, (sys.executable, str(HERE / "mtp_bench.py"), *made), False)
+
+
+def door(gpus: int) -> Iterator[Run]:
+    for shape in DENSE:
+        asked = ("--shape", shape, "--rounds", "3", "--alone")
+        yield Run("door", shape, (sys.executable, str(HERE / "serve_gpu.py"), *asked), False)
+
+
+def kernels(gpus: int) -> Iterator[Run]:
+    codes = ("layer", "--kinds", "gptq", "fp8 channel")
+    yield Run("kernels", "codes", (sys.executable, str(HERE / "codes_bench.py"), *codes), False)
+    yield Run("kernels", "prompts", (sys.executable, str(HERE / "prefill_bench.py")), False)
+
+
 SECTIONS = {
     "kills": kills,
     "replicas": replicas,
@@ -134,6 +196,16 @@ SECTIONS = {
     "experts": experts,
     "large": large,
     "tests": tests,
+}
+OF_ONE = {
+    "dense": dense,
+    "quantised": quantised,
+    "mixtures": mixtures,
+    "prompts": prompts,
+    "layers": layers,
+    "drafts": drafts,
+    "door": door,
+    "kernels": kernels,
 }
 
 
@@ -197,13 +269,17 @@ def machine() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
+    parser.add_argument("--only", nargs="+", choices=[*(SECTIONS | OF_ONE)])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--limit", type=float, default=560.0)
     parser.add_argument("--each", type=float, default=150.0)
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     args = parser.parse_args()
-    runs = [run for section in args.only for run in SECTIONS[section](args.gpus)]
+    sections = OF_ONE if args.gpus == 1 else SECTIONS
+    only = args.only or [*sections]
+    if missing := [section for section in only if section not in sections]:
+        parser.error(f"of {args.gpus} GPUs there is no {' and no '.join(missing)}: {', '.join(sections)}")
+    runs = [run for section in only for run in sections[section](args.gpus)]
     if args.dry_run:
         print("\n".join(run.shown for run in runs))
         return
