@@ -19,6 +19,7 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.flash import installed_flash_attention
@@ -152,7 +153,8 @@ def test_every_way_to_sample(helped: bool, tmp_path: Path) -> None:
         whole = ids + tokens_of
         with torch.no_grad():
             logits = model(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].float().cpu()
-        rows = [SamplingRow(p, len(ids) + at, whole[: len(ids) + at], len(ids)) for at in range(len(tokens_of))]
+        counts = [TokenCounts(len(ids)).follow(whole[: len(ids) + at]) for at in range(len(tokens_of))]
+        rows = [SamplingRow(p, len(ids) + at, one) for at, one in enumerate(counts)]
         assert tokens_of == sampler.sample(logits, rows)[0], p
 
 
@@ -220,7 +222,7 @@ def test_the_general_sampler_takes_no_more_memory_than_is_kept_for_it(more: dict
     vocab = 151_936
     sampler = Sampler(TPGroup(0, 1, "cuda"), [Range(0, vocab)], vocab)
     params = SamplingParams(temperature=1.0, repetition_penalty=1.1, logprobs=20, **more)
-    rows = [SamplingRow(params, 9, list(range(99))) for _ in range(200)]
+    rows = [SamplingRow(params, 9, TokenCounts(0).follow(range(99))) for _ in range(200)]
     logits = torch.randn(len(rows), vocab, dtype=torch.bfloat16, device="cuda") * 0.1  # flat: whole rows are sorted
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -15,6 +15,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.sequence import NOT_FINITE
+from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.kernels.common import noise
 from tpctl.partition.cuts import Range, Vocab
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -54,7 +55,8 @@ def test_a_row_that_is_not_finite_has_no_token(way: dict[str, Any], tp_size: int
     logits[6, 600] = -INF
     slices = Vocab().ranges(700, tp_size)
     padded = torch.nn.functional.pad(logits, (0, slices[-1].stop - 700), value=NAN)  # padding is not looked at
-    rows = [SamplingRow(SamplingParams(**way), 9, [1, 2, 3, 699], 2, [7] * ("min_tokens" in way))] * 8
+    counts = TokenCounts(2).follow([1, 2, 3, 699])
+    rows = [SamplingRow(SamplingParams(**way), 9, counts, banned=[7] * ("min_tokens" in way))] * 8
 
     def rank(group: TPGroup) -> list[int]:
         held = slices[group.rank]

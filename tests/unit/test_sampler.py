@@ -14,6 +14,7 @@ from tpctl.engine.sampling.bias import add_bias
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
+from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.partition.cuts import Range, Vocab
 from tpctl.wire.sampling import SamplingParams
 
@@ -86,7 +87,7 @@ def test_ranks_agree_with_one(tp_size: int) -> None:
     torch.manual_seed(0)
     for position in range(20):
         logits = torch.randn(len(MIXED), VOCAB) * 3
-        rows = [SamplingRow(p, position, [1, 2, 3, 250, 251]) for p in MIXED]
+        rows = [SamplingRow(p, position, TokenCounts(0).follow([1, 2, 3, 250, 251])) for p in MIXED]
         whole_tokens, whole_logprobs = sample(logits, rows, 1)
         tokens, logprobs = sample(logits, rows, tp_size)
         assert tokens == whole_tokens
@@ -100,7 +101,7 @@ def test_ranks_agree_with_one(tp_size: int) -> None:
 def test_a_row_is_sampled_the_same_alone() -> None:
     torch.manual_seed(1)
     logits = torch.randn(len(MIXED), VOCAB) * 3
-    rows = [SamplingRow(p, 17, [4, 5]) for p in MIXED]
+    rows = [SamplingRow(p, 17, TokenCounts(0).follow([4, 5])) for p in MIXED]
     together, _ = sample(logits, rows, 1)
     separate = [sample(logits[i : i + 1], rows[i : i + 1], 1)[0][0] for i in range(len(rows))]
     assert together == separate
@@ -158,7 +159,7 @@ def test_noise_is_gumbel_and_a_function_of_seed_and_position() -> None:
 def test_repetition_penalty_and_logprobs() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 10], logits[0, 20], logits[0, 30] = 3.0, 2.5, -1.0
-    row = SamplingRow(SamplingParams(repetition_penalty=1.5, logprobs=2), 0, [10, 10])
+    row = SamplingRow(SamplingParams(repetition_penalty=1.5, logprobs=2), 0, TokenCounts(0).follow([10, 10]))
     tokens, logprobs = sample(logits, [row], 2)
     assert tokens == [20]  # 3.0 / 1.5 falls below 2.5
     assert logprobs is not None
@@ -176,7 +177,8 @@ def test_presence_and_frequency_penalties_count_what_was_generated(tp_size: int)
         logits[0, token] = value
 
     def best(**way: float) -> int:
-        row = SamplingRow(SamplingParams(**way), 8, [*prompt, *answer], len(prompt))  # type: ignore[arg-type]
+        counts = TokenCounts(len(prompt)).follow([*prompt, *answer])
+        row = SamplingRow(SamplingParams(**way), 8, counts)  # type: ignore[arg-type]
         return sample(logits, [row], tp_size)[0][0]
 
     assert best() == 30
@@ -194,7 +196,7 @@ def test_penalties_equal_their_definition_by_ranks() -> None:
     torch.manual_seed(3)
     params = SamplingParams(1.1, seed=4, repetition_penalty=1.2, presence_penalty=-0.7, frequency_penalty=0.3)
     history = torch.randint(0, VOCAB, (90,)).tolist()
-    rows = [SamplingRow(params, position, history, 30) for position in range(40)]
+    rows = [SamplingRow(params, position, TokenCounts(30).follow(history)) for position in range(40)]
     logits = torch.randn(40, VOCAB)
     changed = logits.clone()
     for token in set(history):
@@ -211,7 +213,10 @@ def test_penalties_equal_their_definition_by_ranks() -> None:
 def test_banned_tokens_are_never_sampled(params: SamplingParams) -> None:
     logits = torch.randn(50, VOCAB)
     banned = logits.topk(3).indices.tolist()
-    rows = [SamplingRow(params, position, [1, 2], 1, frozenset(banned[position])) for position in range(50)]
+    rows = [
+        SamplingRow(params, position, TokenCounts(1).follow([1, 2]), banned=frozenset(banned[position]))
+        for position in range(50)
+    ]
     tokens, logprobs = sample(logits, rows, 3)
     assert all(token not in never for token, never in zip(tokens, banned, strict=True))
     if params.logprobs:  # what the model says, whatever may come
@@ -253,7 +258,7 @@ def test_only_what_a_mask_allows_is_chosen_on_any_rank(tp_size: int) -> None:
     for position in range(10):
         logits = torch.randn(len(MIXED), VOCAB) * 3
         sets = [torch.randperm(VOCAB)[: 1 + 7 * row].tolist() for row in range(len(MIXED))]
-        free = [SamplingRow(p, position, [1, 2, 3, 250, 251]) for p in MIXED]
+        free = [SamplingRow(p, position, TokenCounts(0).follow([1, 2, 3, 250, 251])) for p in MIXED]
         rows = [
             replace(row, allowed=allowing(ids)) if at % 3 else row
             for at, (row, ids) in enumerate(zip(free, sets, strict=True))

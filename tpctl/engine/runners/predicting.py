@@ -150,7 +150,8 @@ def _row(one: _Drafted) -> SamplingRow:
     """What the sampler needs for the next draft: as for the token at its place, but for log-probabilities."""
     sequence, place = one.item.sequence, one.length + len(one.drafts)
     params, prompt = sequence.params, sequence.num_prompt_tokens
-    history = [*one.known, *one.drafts] if params.penalizes else ()
+    counts = sequence.counts() if params.penalizes else None
+    behind = [*one.known[len(sequence.token_ids) :], *one.drafts]  # what the step has sampled is not the sequence's yet
     banned = sequence.stop_token_ids if place - prompt < params.min_tokens else ()
     plain = params if params.logprobs is None else replace(params, logprobs=None)
-    return SamplingRow(plain, place, history, prompt, banned)
+    return SamplingRow(plain, place, counts, behind, banned)

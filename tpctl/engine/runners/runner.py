@@ -182,10 +182,10 @@ def sampling_rows(batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> list[
     rows = []
     for item in batch.sampled:
         sequence, mask = item.sequence, allowed.get(item.sequence.id)
-        params, known, prompt = sequence.params, sequence.token_ids, sequence.num_prompt_tokens
+        params, prompt = sequence.params, sequence.num_prompt_tokens
+        counts = sequence.counts() if params.penalizes else None
         for number, place in enumerate(item.places):
             early = mask is None and place - prompt < params.min_tokens
             banned = sequence.stop_token_ids if early else ()
-            history = [*known, *item.drafts[:number]] if number and params.penalizes else known
-            rows.append(SamplingRow(params, place, history, prompt, banned, mask))
+            rows.append(SamplingRow(params, place, counts, item.drafts[:number], banned, mask))
     return rows

@@ -8,7 +8,6 @@ travel only where a top-p set is so flat that the ranks' best candidates do not 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from tpctl.engine.sampling.bias import add_bias
 from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
+from tpctl.engine.sampling.penalties import penalize
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
+from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.partition.cuts import Range
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
@@ -32,16 +33,16 @@ from tpctl.wire.sampling import SamplingParams
 class SamplingRow:
     """What one row needs besides its logits.
 
-    ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it, of
-    which the first ``num_prompt_tokens`` are the prompt's (read only where a penalty is set). ``banned``: tokens that
-    may not come here. ``allowed``: int32 [W + 1] on the device: a bit for each token of the vocabulary, the lowest
-    first, that may come here, then 0; or not 0, where none can be chosen.
+    ``position`` is the place in the sequence that the sampled token will take; ``counts`` are of the tokens before it
+    but for ``drafts``, the last ones (read only where a penalty is set). ``banned``: tokens that may not come here.
+    ``allowed``: int32 [W + 1] on the device: a bit for each token of the vocabulary, the lowest first, that may come
+    here, then 0; or not 0, where none can be chosen.
     """
 
     params: SamplingParams
     position: int
-    history: SequenceType[int] = ()
-    num_prompt_tokens: int = 0
+    counts: TokenCounts | None = None
+    drafts: SequenceType[int] = ()
     banned: Collection[int] = ()
     allowed: Tensor | None = None
 
@@ -105,7 +106,8 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         logits = self._own(logits_RV)
         params = [row.params for row in rows]
-        penalized = [index for index, p in enumerate(params) if p.penalizes]
+        counted = ((index, row.counts) for index, row in enumerate(rows) if row.params.penalizes)
+        penalized = {at: counts.with_drafts(rows[at].drafts) for at, counts in counted if counts is not None}
         banned = [index for index, row in enumerate(rows) if row.banned]
         masked = [index for index, row in enumerate(rows) if row.allowed is not None]
         changed = penalized or banned or masked or any(p.logit_bias for p in params)
@@ -117,7 +119,7 @@ class Sampler:
         if changed:
             logits = logits.clone()
             add_bias(logits, params, self.first, self.real)
-            self._penalize(logits, rows, penalized)
+            penalize(logits, params, penalized, self.first, self.real)
             self._ban(logits, rows, banned)
             refused = self._mask(logits, rows, masked) if masked else None
         if all(p.greedy for p in params):
@@ -168,34 +170,6 @@ class Sampler:
         pairs = self.group.all_gather(torch.stack([best_R.double(), ids_R.double()], dim=-1))
         winner = pairs[..., 0].argmax(0)
         return pairs[winner, torch.arange(len(winner), device=winner.device), 1].long()
-
-    def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
-        """Lower the logits of tokens that came before, in place, in the rows ``which``.
-
-        Repetition (Keskar et al., "CTRL", 2019): of the prompt and the answer, those of tokens seen are divided by the
-        penalty, or multiplied if negative. Then, of the answer alone, the presence penalty and as many frequency
-        penalties as a token occurs are taken away, as OpenAI's API defines them.
-        """
-        places: list[int] = []
-        columns: list[int] = []
-        factors: list[float] = []
-        minus: list[float] = []
-        for index in which:
-            row = rows[index]
-            params = row.params
-            counts = Counter(row.history[row.num_prompt_tokens :])
-            for token in set(row.history) if params.repetition_penalty != 1.0 else counts:
-                if 0 <= token - self.first < self.real:
-                    count = counts[token]
-                    places.append(index)
-                    columns.append(token - self.first)
-                    factors.append(params.repetition_penalty)
-                    minus.append(params.frequency_penalty * count + params.presence_penalty * (count > 0))
-        if places:
-            at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
-            factor_N, minus_N = torch.tensor([factors, minus], dtype=logits.dtype, device=logits.device)
-            values = logits[at]
-            logits[at] = torch.where(values > 0, values / factor_N, values * factor_N) - minus_N
 
     def _ban(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
         """Let the banned tokens of the rows ``which`` never win; in place."""

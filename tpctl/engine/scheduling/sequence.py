@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.scoring import Scoring, TokenScore
@@ -85,9 +86,16 @@ class Sequence:
         self.scores: dict[int, TokenScore] = {}
         self.prompt_logprobs: dict[int, TokenLogprob] = {}
         self.problem: str | None = None
+        self._counts: TokenCounts | None = None
 
     def __repr__(self) -> str:
         return f"Sequence({self.id!r}, {len(self.token_ids)} tokens, {self.num_computed_tokens} computed)"
+
+    def counts(self) -> TokenCounts:
+        """Of all tokens that are known; it costs what came since it was last asked for."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.num_prompt_tokens)
+        return self._counts.follow(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
