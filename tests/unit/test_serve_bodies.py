@@ -9,7 +9,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,10 @@ from tpctl.errors import RequestError
 from tpctl.serve import answered, threads, tokens
 from tpctl.serve.answered import encode
 from tpctl.serve.asked import Reader, read_prompts
-from tpctl.serve.bodies import _SMALL, Room, Share, read_object
+from tpctl.serve.bodies import read_object
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
+from tpctl.serve.memory import SMALL, Holding, Memory
 from tpctl.serve.response_asked import read_response
 from tpctl.serve.responses import ResponseWriter
 from tpctl.serve.threads import Threads
@@ -88,7 +89,7 @@ def test_what_is_being_tokenised_has_its_place_in_the_queue(
         assert ask(3).status_code == 200 and server.pool is not None and not server.pool.under_way
 
 
-def read(pieces: list[bytes], share: Share, most: int = 1 << 30) -> Any:
+def read(pieces: list[bytes], holding: Holding, most: int = 1 << 30) -> Any:
     """What is made of a body that comes so."""
     left = iter(pieces)
 
@@ -97,7 +98,7 @@ def read(pieces: list[bytes], share: Share, most: int = 1 << 30) -> Any:
         return {"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]}
 
     scope: Scope = {"type": "http", "headers": []}
-    return asyncio.run(read_object(scope, receive, most, share))
+    return asyncio.run(read_object(scope, receive, most, holding))
 
 
 def body(size: int) -> list[bytes]:
@@ -122,23 +123,42 @@ def test_a_prompt_of_millions_of_tokens_is_refused_by_their_number(tokenizer: To
         asyncio.run(reader.texts([ids], Wanted({}, 1), replace(INFO, max_model_len=512)))
 
 
-def test_bodies_together_have_no_more_than_their_room() -> None:
-    room = Room(1_000_000)
-    with Share(room) as first, Share(room) as second, Share(room) as third:
+def test_long_bodies_together_have_no_more_than_their_part() -> None:
+    memory = Memory(4_000_000)
+    with Holding(memory) as first, Holding(memory) as second, Holding(memory) as third:
         read(body(900_000), first)
-        with pytest.raises(ApiError, match=r"have 998\.9 kB, and 10\.0 kB more would be above the 1\.0 MB") as full:
+        with pytest.raises(ApiError, match=r"hold 99[0-9]\.[0-9] kB, and 10\.0 kB more would be above") as full:
             read(body(400_000), second)
-        assert (full.value.status, full.value.code, full.value.retry_after) == (429, "bodies_full", 1)
-        read(body(_SMALL - 1000), third)  # as most are
-        first.give_back()
-        second.give_back()
-        read(body(900_000), second)
-    with Share(room) as again:
+        assert "above the 1.0 MB that --max-memory leaves for bodies of more than 64 KiB" in full.value.message
+        assert (full.value.status, full.value.code, full.value.retry_after) == (429, "memory_full", 1)
+        read(body(SMALL - 1000), third)  # as most are
+        first.refused()
+        second.refused()
+        read(body(850_000), second)
+    with Holding(memory) as again:
         read(body(900_000), again)
         with pytest.raises(ApiError, match="at most 950\\.0 kB are read"):
             read(body(1_900_000), again, 950_000)
-        with Share(room) as other:  # what is too long is not kept
+        with Holding(memory) as other:  # what is too long is not kept
             read(body(900_000), other)
+    with Holding(memory) as more:
+        with pytest.raises(ApiError, match=r"takes 1\.0 MB in memory, but bodies of more than 64 KiB may") as one:
+            read(body(1_100_000), more)
+        assert (one.value.status, one.value.code) == (413, "body_too_large")
+    assert memory.held == 0
+
+
+def test_short_bodies_together_have_no_more_than_theirs() -> None:
+    memory = Memory(4_000_000)
+    with ExitStack() as stack:
+        for _ in range(26):
+            read(body(60_000), stack.enter_context(Holding(memory)))
+        with pytest.raises(ApiError, match=r"above the 2\.0 MB that --max-memory leaves for bodies and prompts"):
+            read(body(60_000), stack.enter_context(Holding(memory)))
+    values = [b'{"user":[' + b"[]," * 20_000 + b"0]}"]  # 60 kB, which become 4 MB
+    with Holding(memory) as many, pytest.raises(ApiError, match=r"takes 4\.[0-9] MB in memory, but bodies and prompts"):
+        read(values, many)
+    assert memory.held == 0
 
 
 VALUES: list[tuple[str, int, int]] = [
@@ -183,12 +203,12 @@ def test_what_stands_in_a_string_is_no_value(text: str) -> None:
 
 def test_a_body_has_so_many_values_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(raw: bytes) -> str:
-        with Share(Room(1 << 40)) as share, pytest.raises(ApiError) as found:
+        with Holding(Memory(1 << 40)) as share, pytest.raises(ApiError) as found:
             read([raw], share)
         assert (found.value.status, found.value.code) == (413, "body_too_large")
         return found.value.message
 
-    with Share(Room(1 << 40)) as share:
+    with Holding(Memory(1 << 40)) as share:
         most = MOST_VALUES - 3  # beside the object, its key and the list
         assert len(read([b'{"user":[' + b"[]," * most + b"0]}"], share)["user"]) == most + 1
         assert read([json.dumps({"prompt": "[{,}]" * MOST_VALUES}).encode()], share)
@@ -200,13 +220,13 @@ def test_a_body_has_so_many_values_and_no_more(monkeypatch: pytest.MonkeyPatch) 
         assert "has 1000000 strings, arrays and objects or more" in refused(b"[" * 1_000_000)
 
 
-def test_the_room_has_what_bodies_take_decoded() -> None:
+def test_what_bodies_take_decoded_is_counted() -> None:
     ids = json.dumps({"prompt": [999] * 100_000}, separators=(",", ":")).encode()  # 400 kB, which become 4.4 MB
-    room = Room(6_000_000)
-    with Share(room) as first, Share(room) as second, Share(room) as third:
+    memory = Memory(40_000_000)
+    with Holding(memory) as first, Holding(memory) as second, Holding(memory) as third:
         read([ids], first)
-        read([ids], second)  # each counts for half of it at most
-        with pytest.raises(ApiError, match=r"have 5\.9 MB, and 334\.[0-9] kB more would be above the 6\.0 MB"):
+        read([ids], second)
+        with pytest.raises(ApiError, match=r"hold 9\.[0-9] MB, and 4\.[0-9] MB more would be above the 10\.0 MB"):
             read([ids], third)
 
 
@@ -221,12 +241,12 @@ def test_tools_and_items_are_refused_by_their_number() -> None:
 
 def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     long = {"prompt": [5] * 60_000}
-    with served(tokenizer, max_body=130_000) as (client, _), ThreadPoolExecutor(32) as clients:
+    with served(tokenizer, max_memory=60 << 20) as (client, _), ThreadPoolExecutor(32) as clients:
         with held(monkeypatch) as begun:
             waiting = [clients.submit(client.post, TEXT, json=long) for _ in range(24)]
             until(lambda: any(one.done() for one in waiting))
             refused = next(one for one in waiting if one.done()).result()
-            assert error(refused, 429).code == "bodies_full"
+            assert error(refused, 429).code == "memory_full"
             small = clients.submit(client.post, TEXT, json={"prompt": "ab"})
             assert begun.acquire(timeout=PATIENCE)
         assert small.result(PATIENCE).status_code == 200
@@ -238,20 +258,20 @@ def test_a_response_has_room_for_what_it_repeats_until_its_end(tokenizer: Tokeni
     function = {"name": "a", "description": "x" * 200_000}
     long = {"tools": [{"type": "function", **function}], "tool_choice": "none"}
     of_chat = chat(tools=[{"type": "function", "function": function}], tool_choice="none")
-    with served(tokenizer, max_body=300_000) as (client, server), ThreadPoolExecutor(40) as clients:
+    with served(tokenizer, max_memory=7 << 20) as (client, server), ThreadPoolExecutor(40) as clients:
         gate = server.engines[0].gate
         gate.clear()
         try:
             waiting = [clients.submit(client.post, RESPONSES, json={**long, "input": "a"}) for _ in range(24)]
-            until(lambda: sum(one.done() for one in waiting) == 7)  # 17 times 135 kB are 2.3 MB
-            assert {error(one.result(), 429).code for one in waiting if one.done()} == {"bodies_full"}
+            until(lambda: sum(one.done() for one in waiting) == 16)  # beside 8 times 225 kB of 1.8 MB
+            assert {error(one.result(), 429).code for one in waiting if one.done()} == {"memory_full"}
             small = clients.submit(client.post, RESPONSES, json={"input": "a"})
         finally:
             gate.set()
         found = [one.result(PATIENCE) for one in waiting]
-        assert sorted(one.status_code for one in found) == [200] * 17 + [429] * 7
+        assert sorted(one.status_code for one in found) == [200] * 8 + [429] * 16
         assert small.result(PATIENCE).status_code == 200
-        assert server._app is not None and server._app.room._held == 0
+        assert server._app is not None and server._app.memory.held == 0
         gate.clear()
         try:  # a chat repeats nothing
             waiting = []

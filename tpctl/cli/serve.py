@@ -60,6 +60,12 @@ class ServerOptions:
         int, typer.Option(min=0, help="Requests that may wait, besides those computed together; others get a 429.")
     ] = 1024
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Longest body of a request.")] = "16MiB"
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="What all requests may hold, from bodies to answers not read yet; others get a 429."
+        ),
+    ] = "2GiB"
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.0, help="In which requests may end after SIGTERM or Ctrl-C.")
     ] = 30.0
@@ -114,7 +120,8 @@ def serve(
     check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
-    key, max_body = server.key(), parse_bytes(server.max_body, "MiB")
+    key = server.key()
+    max_body, max_memory = parse_bytes(server.max_body, "MiB"), parse_bytes(server.max_memory, "GiB")
     with ExitStack() as stack:
         from tpctl.serve.sockets import listen, url_of
 
@@ -123,7 +130,7 @@ def serve(
         config = _configured(model, engine, server.replicas, at_hand, nodes)
         engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas, nodes)]
         say_nodes(config, nodes)
-        settings = _settings(model, server, key, max_body, sampling, config, at_hand)
+        settings = _settings(model, server, key, (max_body, max_memory), sampling, config, at_hand)
         from tpctl.serve.run import serve as run
 
         def ready(info: EngineInfo) -> None:
@@ -183,14 +190,24 @@ def _settings(
     model: str,
     server: ServerOptions,
     key: str | None,
-    max_body: int,
+    most: tuple[int, int],
     sampling: DistributionOptions,
     config: EngineConfig,
     at_hand: TemplateAtHand,
 ) -> ServeSettings:
+    """``most``: bytes of a body, and that all requests hold."""
     from tpctl.client.conversation import recommended_sampling
     from tpctl.serve.run import ServeSettings
 
     defaults = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown, _OPENAI_DEFAULTS)
     names = tuple(server.served_model_name or (model,))
-    return ServeSettings(names, defaults, key, max_body, server.max_waiting, server.drain, server.stream_interval)
+    return ServeSettings(
+        names,
+        defaults,
+        key,
+        max_body=most[0],
+        max_memory=most[1],
+        max_waiting=server.max_waiting,
+        drain=server.drain,
+        interval=server.stream_interval,
+    )

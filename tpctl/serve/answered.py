@@ -44,17 +44,10 @@ class Writer(Protocol):
 
 
 class Answered:
-    """A response that is one generation's. Whoever hangs up ends that at once.
+    """A response that is one generation's. Whoever hangs up ends that at once."""
 
-    Attributes:
-        kept: bytes of the request's body that it needs until its end, beside the prompt.
-    """
-
-    def __init__(
-        self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]], kept: int = 0
-    ) -> None:
+    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]]) -> None:
         """``run``: has a thread do something."""
-        self.kept = kept
         self._generation = generation
         self._writer = writer
         self._named = [(b"x-request-id", writer.id.encode())]  # as the server's log names it

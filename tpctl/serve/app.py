@@ -17,31 +17,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
-from tpctl.serve.answered import Answered, Said, refused, say
-from tpctl.serve.bodies import BODY_SECONDS, Heard, Room, Share, read_object
+from tpctl.serve.answered import Answered, Encoded, Said, refused, say
+from tpctl.serve.bodies import BODY_SECONDS, Heard, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.memory import MAX_MEMORY, Holding, Memory
 from tpctl.serve.openapi import description
 from tpctl.serve.page import Page
+from tpctl.serve.straight import gone_out
 from tpctl.serve.work import UnderWay
 
 OPEN = frozenset({"/", "/health", "/openapi.json"})
 """Paths that need no key."""
 
-BODIES = 8
-"""Bodies of the greatest length that are kept at a time."""
-
 _MODELS = "/v1/models/"
 
-Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
+Post = Callable[[dict[str, Any], float, Holding], Awaitable[ASGIApp]]
 
 
 class App:
     """An ASGI application. Everything but ``OPEN`` needs the key, where there is one.
 
     Attributes:
-        under_way: requests whose bodies are being answered.
+        memory: what requests hold.
+        under_way: requests whose bodies are being answered, until the answers have gone out.
     """
 
     def __init__(
@@ -50,20 +50,21 @@ class App:
         *,
         api_key: str | None = None,
         max_body: int = 16 << 20,
+        max_memory: int = MAX_MEMORY,
         body_seconds: float = BODY_SECONDS,
         note: Callable[[str], object] = lambda line: None,
     ) -> None:
         """Set limits.
 
         Args:
-            max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive. All of them together have
-                ``BODIES`` times as many.
+            max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
+            max_memory: bytes that all requests may hold together (``serve.memory``).
             note: tells whoever runs the server of what should not have happened.
         """
         self._endpoints = endpoints
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
-        self.room = Room(BODIES * max_body)
+        self.memory = Memory(max_memory)
         self._body_seconds = body_seconds
         self._note = note
         self._date = (0, b"")
@@ -131,9 +132,9 @@ class App:
 
         return answer
 
-    async def read(self, scope: Scope, receive: Receive, share: Share) -> dict[str, Any]:
+    async def read(self, scope: Scope, receive: Receive, holding: Holding) -> dict[str, Any]:
         """A request's body, without what is null."""
-        return given(await read_object(scope, receive, self._max_body, share, self._body_seconds))
+        return given(await read_object(scope, receive, self._max_body, holding, self._body_seconds))
 
     async def _metrics(self, request: Request) -> Any:
         pool = self._endpoints.pool
@@ -188,14 +189,16 @@ class _Post:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         since = time.monotonic()
-        with Share(self._app.room) as share:
-            body = await self._app.read(scope, receive, share)
+        with Holding(self._app.memory) as holding:
+            body = await self._app.read(scope, receive, holding)
             with self._app.under_way.at_work(scope["path"]) as work:
-                answer = await self._endpoint(body, since)
+                answer = await self._endpoint(body, since, holding)
                 del body
                 work.answer = answer if isinstance(answer, Answered) else None
-                share.keep(0 if work.answer is None else work.answer.kept)
+                if isinstance(answer, Encoded):
+                    holding.prompts(len(answer.body))
                 await answer(scope, receive, send)
+                await gone_out(scope)
 
 
 class _Plain:

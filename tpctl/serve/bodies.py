@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope
@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 from tpctl.errors import format_bytes, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.memory import SMALL, Holding
 from tpctl.serve.weight import Weight
 
 BODY_SECONDS = 60.0
@@ -20,11 +21,6 @@ BODY_SECONDS = 60.0
 
 _PATIENCE = 4
 """Limits' worth of a body that is too long are read, so that whoever sends it hears why it is refused."""
-
-
-_SMALL = 1 << 16
-"""Bytes of each body that are read whatever others have: those of most requests, so that a few long ones, or many that
-come slowly, keep none of them out."""
 
 
 _UNWANTED, _UNWANTED_SECONDS = 16 << 20, 5.0
@@ -36,70 +32,14 @@ _HALF = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}[^\\]*"[^"]*$')
 """What a body ends with that msgspec calls truncated: it looks for the other half behind the end."""
 
 
-class Room:
-    """Bytes that the bodies of all requests may have together in memory, until they have become prompts, with what
-    answers keep of them."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._held = 0
-
-    def take(self, more: int) -> None:
-        """Raises ``ApiError`` if there is no room for so many more."""
-        if self._held + more > self.most:
-            raise ApiError(
-                429,
-                f"the bodies of requests that are being read have {format_bytes(self._held)}, and {format_bytes(more)} "
-                f"more would be above the {format_bytes(self.most)} that this server keeps; try again later",
-                code="bodies_full",
-                retry_after=1,
-            )
-        self._held += more
-
-
-class Share:
-    """What one body has of the room; as a context manager, until it is left."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._held = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.give_back()
-
-    def grow(self, size: int) -> None:
-        """The body has ``size`` bytes so far. Raises ``ApiError``."""
-        if (more := size - _SMALL - self._held) > 0:
-            self._room.take(more)
-            self._held += more
-
-    def decoded(self, size: int) -> None:
-        """The body takes ``size`` bytes decoded. No more is counted than half of the room, so that one whose values
-        take more than their JSON finds its place beside others. Raises ``ApiError``."""
-        self.grow(min(size, self._room.most // 2))
-
-    def keep(self, size: int) -> None:
-        """Of the body no more than ``size`` bytes are left. May be called again."""
-        more = min(max(size - _SMALL, 0), self._held) - self._held
-        self._room.take(more)
-        self._held += more
-
-    def give_back(self) -> None:
-        """May be called again."""
-        self.keep(0)
-
-
 async def read_object(
-    scope: Scope, receive: Receive, most: int, share: Share, seconds: float = BODY_SECONDS
+    scope: Scope, receive: Receive, most: int, holding: Holding, seconds: float = BODY_SECONDS
 ) -> dict[str, Any]:
     """The JSON object that a request's body is.
 
     Args:
         most: bytes of it.
-        share: grows by them.
+        holding: grows by them.
 
     Raises:
         ApiError: it is packed, too long, too slow, no JSON, of too many values, or no object, or there is no room for
@@ -109,11 +49,10 @@ async def read_object(
     _check_encoding(scope)
     try:
         async with asyncio.timeout(seconds):
-            raw = await _read(scope, receive, most, share)
+            raw = await _read(scope, receive, most, holding)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:.0f} s") from None
-    if len(raw) > _SMALL:
-        share.decoded(Weight.of(raw).size)
+    holding.body(max(Weight.of(raw).size, len(raw)), long=len(raw) > SMALL)
     if not raw.strip():
         raise ApiError(400, "the body is empty, but must be a JSON object")
     try:
@@ -169,7 +108,7 @@ def _check_encoding(scope: Scope) -> None:
         )
 
 
-async def _read(scope: Scope, receive: Receive, most: int, share: Share) -> bytes:
+async def _read(scope: Scope, receive: Receive, most: int, holding: Holding) -> bytes:
     said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     announced = int(said) if said.isdigit() else 0
     found, size = [], 0
@@ -181,11 +120,11 @@ async def _read(scope: Scope, receive: Receive, most: int, share: Share) -> byte
             piece = message.get("body", b"")
             size += len(piece)
             if size <= most:
-                share.grow(size)
+                holding.body(size, long=size > SMALL)
                 found.append(piece)
             else:
                 found.clear()
-                share.give_back()
+                holding.refused()
             if not message.get("more_body", False) or size > most * _PATIENCE:
                 break
     if (size := max(size, announced)) > most:

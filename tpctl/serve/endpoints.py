@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -18,12 +18,23 @@ from tpctl.serve.answered import Answered, Said, Writer
 from tpctl.serve.asked import Reader, Streaming, read_prompts
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
+from tpctl.serve.memory import Holding, prompt_size, token_size
 from tpctl.serve.pool import Job, Pool
 from tpctl.serve.response_asked import read_response
 from tpctl.serve.responses import ResponseWriter
 from tpctl.serve.text_writer import PromptLogprobs, TextWriter
 from tpctl.serve.tokens import detokenized, tokenized
 from tpctl.serve.writers import ChatWriter
+
+
+class _Asked(NamedTuple):
+    """How an answer is asked for: whether as a stream, and when; and what the request holds. ``keeps``: what is told
+    of it is kept as JSON has it until the end."""
+
+    stream: bool
+    since: float
+    holding: Holding
+    keeps: bool = False
 
 
 class Endpoints:
@@ -38,18 +49,35 @@ class Endpoints:
         self._created = int(time.time())
 
     def _begun(
-        self, jobs: Sequence[Job], stream: bool, since: float, make: Callable[[Generation], Writer], kept: int = 0
+        self,
+        jobs: Sequence[Job],
+        wanted: Wanted,
+        asked: _Asked,
+        make: Callable[[Generation], Writer],
+        kept: int = 0,
     ) -> ASGIApp:
-        """Hand prompts in; their answer. Where that fails nothing of them stays under way, which nobody would end."""
-        generation = self.pool.begin(jobs, self._interval if stream else 0)
+        """Hand prompts in; their answer. Where that fails nothing of them stays under way, which nobody would end.
+
+        Args:
+            kept: bytes of the body that are needed until the end, beside the prompts.
+        """
+        stream, holding = asked.stream, asked.holding
+        sampling, answers = jobs[0].sampling[0], sum(len(job.sampling) for job in jobs)
+        each = token_size(sampling, rows=asked.keeps or not stream)
+        holding.prompts(kept + sum(prompt_size(len(job.token_ids), job.sampling) for job in jobs))
+        if wanted.fields.get("max_tokens") is not None:
+            beside = "" if sampling.logprobs is None else f", each with {sampling.logprobs} likeliest ones"
+            what = f"{answers} times {sampling.max_tokens} tokens{beside}"
+            holding.fits(answers * sampling.max_tokens * each, what)
+        generation = self.pool.begin(jobs, self._interval if stream else 0, holding.answers, each)
         try:
-            self.pool.metrics.begun(generation, since)
-            return Answered(generation, make(generation), self.reader.threads.answer, kept)
+            self.pool.metrics.begun(generation, asked.since)
+            return Answered(generation, make(generation), self.reader.threads.answer)
         except BaseException:
             generation.close()
             raise
 
-    async def chat(self, body: dict[str, Any], since: float) -> ASGIApp:
+    async def chat(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
         """/v1/chat/completions. Raises ``ApiError`` or ``RequestError``, as all of these."""
         model = self.model(body)
         streaming = Streaming.taken(body)
@@ -60,12 +88,12 @@ class Endpoints:
             job = await self.reader.conversation(messages, wanted, info)
             return self._begun(
                 [job],
-                streaming.wanted,
-                since,
+                wanted,
+                _Asked(streaming.wanted, since, holding),
                 lambda generation: ChatWriter(model, [job], generation, self.reader.tokenizer, streaming),
             )
 
-    async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
+    async def complete(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
         """/v1/completions."""
         model = self.model(body)
         streaming = Streaming.taken(body)
@@ -80,14 +108,15 @@ class Endpoints:
             texts = await self.reader.echoed(prompts) if echo else None
             return self._begun(
                 jobs,
-                streaming.wanted,
-                since,
+                wanted,
+                _Asked(streaming.wanted, since, holding),
                 lambda generation: TextWriter(
                     texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming
                 ),
+                2 * (1 + wanted.choices) * sum(map(len, texts or ())),
             )
 
-    async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
+    async def respond(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
         """/v1/responses."""
         model = self.model(body)
         stream = flag(body.pop("stream", False), "stream")
@@ -96,18 +125,18 @@ class Endpoints:
             job = await self.reader.conversation(asked.messages, asked.wanted, info)
             return self._begun(
                 [job],
-                stream,
-                since,
+                asked.wanted,
+                _Asked(stream, since, holding, keeps=True),
                 lambda generation: ResponseWriter(model, asked, job, generation, self.reader.tokenizer),
                 asked.size,
             )
 
-    async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
+    async def tokenize(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
         """/tokenize."""
         self.model(body)
         return await tokenized(body, self.reader, self._max_model_len)
 
-    async def detokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
+    async def detokenize(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
         """/detokenize."""
         self.model(body)
         return await detokenized(body, self.reader, self._max_model_len)

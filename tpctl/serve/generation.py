@@ -10,8 +10,12 @@ from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
+from tpctl.serve.memory import UNTOLD
 from tpctl.wire.guide import Guide, cannot_be_had
 from tpctl.wire.messages import Output
+
+_STEP = 1 << 16
+"""Bytes by which what is held is told ahead, so that not every token is."""
 
 
 class Gone(Exception):
@@ -67,6 +71,8 @@ class Generation:
         interval: int = 1,
         guide: Guide | None = None,
         answers: int = 1,
+        hold: Callable[[int], None] | None = None,
+        each: int = 0,
     ) -> None:
         """Begin.
 
@@ -74,6 +80,8 @@ class Generation:
             cancelled: is called once, when what is still under way is not wanted any more.
             guide: the form that the answers are to have.
             answers: how many there are to a prompt.
+            hold: is told how many bytes all answers take so far, ``each`` a token and more until that is told; raises
+                ``ApiError`` if there is no room for them.
         """
         self.streams = streams
         self.num_tokens = self.reasoning_tokens = self.cached_tokens = 0
@@ -85,6 +93,9 @@ class Generation:
         self._left = len(streams)
         self._pieces: list[Piece] = []
         self._untold = 0  # tokens of ``_pieces``
+        self._telling = 0  # tokens that were given to whoever asked last, and may still be on their way out
+        self._hold, self._each = hold, each
+        self._held = 0
         self._pressing = False  # whether one of them begins or ends an answer
         self._taker: Taker | None = None
         self._error: Exception | None = None
@@ -111,6 +122,8 @@ class Generation:
         self.reasoning_tokens += stream.num_thought - thought
         if before == 0:
             self._count_cached(at, stream.num_cached_tokens)
+        if self._hold is not None and not self._has_room():
+            return True
         reason = stream.finish_reason
         if reason in ("error", "abort"):
             self.fail(_failure(output.message or "the request was given up", self._guide))
@@ -124,6 +137,18 @@ class Generation:
         elif self.interval and self._taker is None and self._due:
             self._wake()
         return reason is not None
+
+    def _has_room(self) -> bool:
+        """Say how much there is, once that is more than was said, or much less; where it is too much, it ends."""
+        size = self.num_tokens * self._each + (self._untold + self._telling) * UNTOLD
+        if self._hold is not None and not self._held - 4 * _STEP <= size <= self._held:
+            try:
+                self._hold(size + _STEP)
+            except ApiError as error:
+                self.fail(error)
+                return False
+            self._held = size + _STEP
+        return True
 
     def _count_cached(self, at: int, tokens: int) -> None:
         """With an answer's first token it is known what was spared of its prompt."""
@@ -149,7 +174,7 @@ class Generation:
 
     def _tell(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
-        self._untold, self._pressing = 0, False
+        self._telling, self._untold, self._pressing = self._telling + self._untold, 0, False
         return pieces
 
     def flush(self) -> None:
@@ -163,6 +188,7 @@ class Generation:
             return
         if taken:
             self._tell()
+            self._telling = 0
         else:
             self._wake()
 
@@ -189,6 +215,7 @@ class Generation:
             ApiError: it cannot go on.
             Gone: it was closed.
         """
+        self._telling = 0
         while True:
             if self._pieces and self._due:
                 return self._tell()

@@ -150,8 +150,10 @@ class Pool:
         finally:
             self._reserved -= count
 
-    def begin(self, jobs: Sequence[Job], interval: int = 1) -> Generation:
-        """Hand in prompts; their answers are numbered through. ``interval``: as ``Generation`` has it.
+    def begin(
+        self, jobs: Sequence[Job], interval: int = 1, hold: Callable[[int], None] | None = None, each: int = 0
+    ) -> Generation:
+        """Hand in prompts; their answers are numbered through. ``interval``, ``hold``, ``each``: as of ``Generation``.
 
         Raises:
             ApiError: as ``check_open``; not for what has its places reserved.
@@ -161,7 +163,7 @@ class Pool:
         held: list[tuple[Lane, list[str]]] = []
         guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
         answers = len(jobs[0].streams)  # to each prompt as many
-        generation = Generation(streams, lambda: self._release(held), interval, guide, answers)
+        generation = Generation(streams, lambda: self._release(held), interval, guide, answers, hold, each)
         places = itertools.count()
         try:
             for job in jobs:

@@ -15,6 +15,7 @@ from tpctl.serve.app import App
 from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.lane import Engine
+from tpctl.serve.memory import MAX_MEMORY
 from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import Pool
 from tpctl.serve.server import Server
@@ -33,6 +34,7 @@ class ServeSettings:
         names: what the model is called; the first one is said in answers.
         defaults: fields of ``SamplingParams`` that hold where requests say nothing.
         max_body: bytes of a request's body.
+        max_memory: bytes that requests may hold together, from their bodies to answers that were not read yet.
         max_waiting: requests that may wait, besides those that the engines compute together.
         drain: seconds in which the server ends once it is asked to.
         interval: tokens of an answer in a chunk of its stream.
@@ -45,6 +47,7 @@ class ServeSettings:
     max_waiting: int = 1024
     drain: float = 30.0
     interval: int = 1
+    max_memory: int = MAX_MEMORY
 
 
 def serve(
@@ -114,7 +117,13 @@ async def _serve(
     )
     with Threads() as threads:
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
-        app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
+        app = App(
+            endpoints,
+            api_key=settings.api_key,
+            max_body=settings.max_body,
+            max_memory=settings.max_memory,
+            note=note,
+        )
         server = Server(app, pool, settings.drain, note, signalled)
         servers.append(server)
         starting = asyncio.create_task(_tell(pool, ready, note))

@@ -21,6 +21,8 @@ class Flow(Protocol):
 
     write_paused: bool
 
+    async def drain(self) -> None: ...
+
 
 class Connection(Protocol):
     """As much of a connection of uvicorn's as is used here."""
@@ -47,6 +49,20 @@ class Straight:
 
 def straight(scope: Scope) -> Straight | None:
     """To write the response to a request; ``None``: its body is in no chunks, or the server has no such way."""
-    found: weakref.ref[Connection] | None = scope.get("state", {}).get(STATE)
-    connection = None if found is None else found()
+    connection = _connection(scope)
     return None if connection is None or scope["http_version"] != "1.1" else Straight(connection)
+
+
+async def gone_out(scope: Scope) -> None:
+    """Wait until the response to a request is the system's to send, all but a little, or its connection has ended.
+
+    ASGI's ``send`` waits before it writes, not behind it, so that a body that is sent as one would wait in this process
+    for a reader of whom nobody knows any more.
+    """
+    if (connection := _connection(scope)) is not None:
+        await connection.flow.drain()
+
+
+def _connection(scope: Scope) -> Connection | None:
+    found: weakref.ref[Connection] | None = scope.get("state", {}).get(STATE)
+    return None if found is None else found()
