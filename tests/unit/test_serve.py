@@ -236,6 +236,15 @@ def test_an_echo_has_the_prompt_s_log_probabilities(tokenizer: Tokenizer) -> Non
         assert server.engines[0].requests[0].sampling.prompt_logprobs == 1
 
 
+def test_a_prompt_s_log_probabilities_are_computed_once_for_all_of_its_answers(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        body = {"prompt": ["abc", "de"], "n": 3, "prompt_logprobs": 1, "max_tokens": 1}
+        choices = client.post(TEXT, json=body).json()["choices"]
+        assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 3, 3, 2, 2, 2]
+        asked = [request.sampling.prompt_logprobs for request in server.engines[0].requests]
+        assert asked == [1, None, None, 1, None, None]
+
+
 @pytest.mark.parametrize("echo", [True, False])
 def test_no_tokens_are_told_where_none_are_to_follow(tokenizer: Tokenizer, echo: bool) -> None:
     """The way to score a prompt: the engine's one token is no part of the answer."""

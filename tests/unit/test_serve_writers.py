@@ -190,3 +190,24 @@ def test_a_long_response_is_told_whole_by_a_thread(
         answer = client.post("/v1/responses", json={"input": "Hi", "stream": True})
         assert answer.text.count("response.completed") == 2  # its name, and in its data
     assert made == [[most == 0]] * 2
+
+
+def test_what_comes_before_the_prompt_s_log_probabilities_waits_for_them(tokenizer: Tokenizer) -> None:
+    """The first of a prompt's answers brings them; another one's tokens may be there before."""
+    one = job(tokenizer, "abc", answers=2)
+    one.sampling = [replace(sampling, logprobs=0) for sampling in one.sampling]
+    generation = Generation(one.streams, lambda: None, answers=2)
+    writer = TextWriter(["abc"], PromptLogprobs(None, 0), False, "demo", [one], generation, tokenizer, Streaming(True))
+    told = [TokenLogprob(-0.5, [])]
+
+    def said(at: int, begun: list[TokenLogprob] | None = None, reason: str | None = None) -> list[tuple[int, str]]:
+        generation.push(at, Output(str(at), tokenizer.encode("x"), reason, None, told, prompt_logprobs=begun))
+        lines = writer.pieces(generation._tell()).decode().splitlines()
+        choices = [json.loads(line[6:])["choices"][0] for line in lines if line]
+        return [(choice["index"], choice["text"]) for choice in choices if choice["finish_reason"] is None]
+
+    assert said(1) == said(1) == []
+    generation.push(0, Output("0", [], prompt_logprobs=[TokenLogprob(-0.25, [])]))
+    assert generation._tell() == [] and said(1, reason="length") == []
+    assert said(0, [TokenLogprob(-0.25, [])]) == [(1, "abc"), (1, "x"), (1, "x"), (1, "x"), (0, "abc"), (0, "x")]
+    assert said(0, reason="length") == [(0, "x")]

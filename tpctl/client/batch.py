@@ -237,9 +237,10 @@ class Batch:
         requests = []
         for at, id in enumerate(answers.ids):
             self._open[id] = (answers, at)
-            sampling = (
-                replace(job.sampling, seed=(job.sampling.seed + at * CHOICES_APART) % 2**63) if at else job.sampling
-            )
+            sampling = job.sampling
+            if at:  # the prompt's log-probabilities are the same for all
+                seed = (sampling.seed + at * CHOICES_APART) % 2**63
+                sampling = replace(sampling, seed=seed, prompt_logprobs=None)
             requests.append(Request(id, job.token_ids, sampling))
         return requests
 

@@ -186,7 +186,10 @@ class TextStream:
         if output.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += output.prompt_logprobs
+            if not output.token_ids and output.finish_reason is None:
+                return []
         if self._plain and output.finish_reason is None and len(output.token_ids) == 1:
             return self._push_one(output)
         shown: list[Segment] = []

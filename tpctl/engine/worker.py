@@ -37,18 +37,20 @@ from tpctl.engine.engine import Engine  # noqa: E402
 from tpctl.engine.feed import Follower, Leader  # noqa: E402
 from tpctl.engine.guiding.grammars import Grammars  # noqa: E402
 from tpctl.engine.guiding.guides import Guides  # noqa: E402
+from tpctl.engine.outbox import Outbox  # noqa: E402
 from tpctl.engine.runners.agreement import agree  # noqa: E402
 from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
-from tpctl.wire.messages import Fatal, GetStats, Message, Outputs, Progress, Ready, Stats, Stop  # noqa: E402
+from tpctl.wire.messages import Abort, Fatal, GetStats, Message, Outputs, Progress, Ready, Stats, Stop  # noqa: E402
 from tpctl.wire.settings import EngineConfig  # noqa: E402
 
 
 def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = None) -> None:
     """Apply messages and compute steps until Stop."""
+    outbox = Outbox()  # every rank's, though one alone sends: all of them are idle at the same steps
     while True:
         outputs = []
-        idle = not engine.has_work
+        idle = not (engine.has_work or outbox)
         if idle and policy is not None:
             policy.rest()
         messages = feed.next(idle and not engine.runner.rest(), engine.patience())
@@ -63,10 +65,12 @@ def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = N
                 return
             if isinstance(message, GetStats):
                 feed.send(Stats(engine.stats()))
+            if isinstance(message, Abort):
+                outputs += outbox.abort(message.ids)
             outputs += engine.apply(message)
         outputs += engine.step()
-        if outputs:
-            feed.send(Outputs(outputs))
+        if told := outbox.told(outputs):
+            feed.send(Outputs(told))
 
 
 class Kernels:

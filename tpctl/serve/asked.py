@@ -148,10 +148,10 @@ class Reader:
         check_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         check_ids([token for token, _ in sampling.logit_bias], info.vocab_size, "logit_bias")
         stop = read_stop(fields["stop"]) if "stop" in fields else ()
-        each = [
-            replace(sampling, seed=(sampling.seed + at * CHOICES_APART) % 2**63) if at else sampling
-            for at in range(wanted.choices)
-        ]
+        each = [sampling]  # which alone asks for the prompt's log-probabilities: they are the same for all
+        for at in range(1, wanted.choices):
+            seed = (sampling.seed + at * CHOICES_APART) % 2**63
+            each.append(replace(sampling, seed=seed, prompt_logprobs=None))
         tools, least = wanted.tools, sampling.min_tokens
         streams = [TextStream(self.tokenizer, stop, token_ids, least, form, tools) for _ in each]
         return Job(token_ids, each, streams)

@@ -117,6 +117,8 @@ class Generation:
         except TpctlError as error:  # the tokenizer cannot decode it
             self.fail(ApiError(500, str(error)))
             return True
+        if not output.token_ids and output.finish_reason is None:  # of the prompt
+            return False
         new = len(stream.token_ids) - before
         self.num_tokens += new
         self.reasoning_tokens += stream.num_thought - thought

@@ -41,6 +41,7 @@ class TextWriter(ChunkWriter):
         self._told, self._echoed = told
         self._places = [0] * len(self._streams)  # characters of the tokens so far
         self._begun: set[int] = set()  # answers whose prompt has been told, with its log-probabilities
+        self._early: list[Piece] = []  # of answers whose prompt's are not all there
 
     def begin(self) -> bytes:
         if self._echo is None or self._echoed is not None:
@@ -55,9 +56,17 @@ class TextWriter(ChunkWriter):
         return super().slow(pieces)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        if self._echoed is not None:  # an answer's first token may come before that of the one that has them
+            pieces = [*self._early, *pieces]
+            self._early = [one for one in pieces if not self._known(one)]
+            pieces = [one for one in pieces if self._known(one)]
         if self._scored:
             pieces = [one._replace(segments=[], tokens=0, finish_reason=_cut(one.finish_reason)) for one in pieces]
         return super().pieces(pieces)
+
+    def _known(self, piece: Piece) -> bool:
+        """Whether the log-probabilities of its prompt are there: the first answer's token comes behind them."""
+        return bool(self._jobs[piece.at // self._each].streams[0].token_ids)
 
     def usage(self) -> dict[str, Any]:
         found = super().usage()
@@ -70,8 +79,8 @@ class TextWriter(ChunkWriter):
         begun = []
         if self._echo is not None and self._echoed is not None and piece.at not in self._begun:
             self._begun.add(piece.at)
-            job, stream = self._jobs[piece.at // self._each], self._streams[piece.at]
-            told = encode(self._logprobs(self._prompt(stream, job, self._echoed), piece))
+            job = self._jobs[piece.at // self._each]
+            told = encode(self._logprobs(self._prompt(job, self._echoed), piece))
             text = b'"text":' + encode(self._echo[piece.at // self._each])
             said = b',"logprobs":' + told + b',"finish_reason":null}'
             begun.append(self._heads[piece.at] + text + said + self._closed())
@@ -95,7 +104,7 @@ class TextWriter(ChunkWriter):
         if self._echo is not None:
             found["text"] = self._echo[at // self._each] + found["text"]
             if self._echoed is not None:
-                found["logprobs"] = [*self._prompt(stream, job, self._echoed), *found["logprobs"]]
+                found["logprobs"] = [*self._prompt(job, self._echoed), *found["logprobs"]]
         return found
 
 

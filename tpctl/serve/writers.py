@@ -117,13 +117,13 @@ class ChunkWriter(ABC):
             found["tool_calls"] = [call.to_dict() for call in calls]
         if self._wants_logprobs:
             found["logprobs"] = self._described(at, 0, len(stream.token_ids))
-        if self._told is not None and stream.prompt_logprobs is not None:
-            found["prompt_logprobs"] = self._prompt(stream, job, self._told)
+        if self._told is not None and job.streams[0].prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._prompt(job, self._told)
         return found
 
-    def _prompt(self, stream: TextStream, job: Job, most: int) -> list[dict[str, Any]]:
-        """The prompt's tokens, each with so many likeliest ones at most."""
-        rows = prompt_rows(self._tokenizer, job.token_ids, stream.prompt_logprobs or ())
+    def _prompt(self, job: Job, most: int) -> list[dict[str, Any]]:
+        """The prompt's tokens, each with so many likeliest ones at most: of all its answers the first one has them."""
+        rows = prompt_rows(self._tokenizer, job.token_ids, job.streams[0].prompt_logprobs or ())
         return [{**row, "top": row["top"][:most]} for row in rows]
 
     def _full(self, piece: Piece) -> list[bytes]:

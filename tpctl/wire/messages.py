@@ -73,8 +73,8 @@ class Output(NamedTuple):
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
     ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
     token, where they were asked for; ``scores``, with the last output, one for each scored token of the prompt.
-    ``prompt_logprobs``, where they were asked for, has with the first output that has tokens one for each token of the
-    prompt but the first.
+    ``prompt_logprobs``, where they were asked for, has one for each token of the prompt but the first: as many as an
+    output has room for, in order, the last with the first output that has tokens.
     """
 
     id: str
