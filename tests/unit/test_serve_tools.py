@@ -159,6 +159,33 @@ def test_a_broken_call_is_text(tokenizer: Tokenizer) -> None:
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": "{\\"a\\": [\\"\\\\ud800\\"]}"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": ["\\ud800"]}}</tool_call>'),
+        ("qwen-xml", '<function=now>\n<parameter=a>\n["\\ud800"]\n</parameter>\n</function>'),
+    ],
+    ids=["a text of arguments", "arguments", "a list between tags"],
+)
+def test_half_a_surrogate_pair_that_a_model_writes_stays_an_escape(tmp_path: Path, model: str, call: str) -> None:
+    """UTF-8 has no form for it, but JSON has."""
+    tokenizer = MODELS[model].tokenizer(tmp_path)
+    with served(tokenizer, saying(tokenizer, call)) as (client, server):
+        whole = client.post(CHAT, json=chat(tools=TOOLS)).json()["choices"][0]["message"]["tool_calls"]
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(client, CHAT, chat(tools=TOOLS))]
+        pieces = [piece["function"]["arguments"] for delta in deltas for piece in delta.get("tool_calls", ())]
+        for arguments in (whole[0]["function"]["arguments"], "".join(pieces)):
+            assert arguments.isascii() and json.loads(arguments) == {"a": ["\ud800"]}
+        for stream in (False, True):
+            body = {"input": "Hi", "tools": FLAT, "stream": stream}
+            assert r"\\ud800" in client.post(PATH, json=body).text
+        said = [*chat()["messages"], {"role": "assistant", "content": None, "tool_calls": whole}]
+        assert client.post(CHAT, json=chat(messages=said, tools=TOOLS)).status_code == 200  # it goes back as it came
+        assert '["\\ud800"]' in tokenizer.decode(server.engines[0].requests[-1].token_ids)
+        assert not server.notes
+
+
 def test_one_call_ends_an_answer(tokenizer: Tokenizer) -> None:
     with served(tokenizer, saying(tokenizer, f"{CALL}\n{NOW}")) as (client, server):
         body = client.post(CHAT, json=chat(tools=TOOLS, parallel_tool_calls=False)).json()["choices"][0]

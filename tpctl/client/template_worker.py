@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from tpctl.client.tools.json_value import encoded
+
 if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -65,7 +67,7 @@ def environment() -> ImmutableSandboxedEnvironment:
         sort_keys: bool = False,
     ) -> str:
         # Jinja's own filter escapes HTML characters, which a model was never shown.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return encoded(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from tpctl.client.tools.json_value import encoded
 from tpctl.client.tools.lark import Lark, refuse
-from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded, finite_json
+from tpctl.client.tools.reader import Malformed, Reader, Reading, finite_json
 
 _QUOTE = '<|"|>'
 _DEEPEST = 64

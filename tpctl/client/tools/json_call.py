@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tpctl.client.tools.reader import Malformed, Reader, Reading, decoded, encoded
+from tpctl.client.tools.json_value import encoded
+from tpctl.client.tools.reader import Malformed, Reader, Reading, decoded
 
 _ARGUMENTS = ("arguments", "parameters")
 _BESIDE = ("id", "type")  # that some models write, and that say nothing

@@ -1,14 +1,26 @@
-"""Where a JSON value ends, in text that comes in pieces."""
+"""JSON values in text: where one ends that comes in pieces, and how one is written."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _SPACE = " \t\n\r"
 _WORD = re.compile(r"[-+.0-9A-Za-z]+")
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _HEX = frozenset("0123456789abcdefABCDEF")
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+
+
+def encoded(value: Any, **options: Any) -> str:
+    """A value as JSON that UTF-8 can be made of: half a surrogate pair, which a model may write, stays an escape.
+
+    ``options``: of ``json.dumps``.
+    """
+    text = json.dumps(value, **{"ensure_ascii": False, **options})
+    return _HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 class JsonValue:

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpctl.client.tools.json_value import encoded
 from tpctl.client.tools.lark import Lark
-from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
+from tpctl.client.tools.reader import Malformed, Reader, Reading
 from tpctl.client.tools.typed import as_json, types_of
 from tpctl.errors import RequestError, shown
 

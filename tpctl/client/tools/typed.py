@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpctl.client.tools.reader import encoded, finite_json
+from tpctl.client.tools.json_value import encoded
+from tpctl.client.tools.reader import finite_json
 
 _MOST_DEEP = 8  # of schemas within anyOf
 
