@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.processes import threads, wakeups
+from tests.unit.deaf import deafen, doublings, hurried
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.running import BODY, LONG, PATIENCE, everything, running, talkative, unchunked, until
@@ -63,6 +64,43 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -
         texts = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {")]
         assert "".join(texts) == LONG[: BODY["max_tokens"]]
         slow.close()
+
+
+def test_a_reader_that_pauses_is_kept_as_long_as_its_host_answers(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried(monkeypatch)
+    with running(tokenizer, talkative(tokenizer)) as server:
+        paused = server.ask("/v1/completions", {**BODY, "n": 4}, room=4096)
+        until(lambda: server.server and len(server.server.server_state.connections) == 1)
+        (connection,) = server.server.server_state.connections  # type: ignore[union-attr]
+        # So often the system has asked whether there is room again, and was told that there is none: for six seconds.
+        transport = connection.transport
+        until(lambda: transport.is_closing() or doublings(transport.get_extra_info("socket")) >= 5)
+        assert everything(paused, until=b"0\r\n\r\n").endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        paused.close()
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_connection_whose_other_end_is_gone_is_ended(
+    tokenizer: Tokenizer, paused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before or while its reader takes nothing; else the system would wait for a quarter of an hour."""
+    hurried(monkeypatch)
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        assert server.server is not None
+        engine.gate.clear()
+        sock = server.ask("/v1/completions", {**BODY, "n": 4}, room=4096)
+        until(lambda: len(engine.open) == 4)
+        if paused:
+            engine.gate.set()
+            until(lambda: not engine.open)
+        deafen(sock)
+        engine.gate.set()
+        until(lambda: not server.server.server_state.connections)  # type: ignore[union-attr]
+        until(lambda: not engine.open)
+        sock.close()
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

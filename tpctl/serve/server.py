@@ -17,7 +17,7 @@ from tpctl.errors import TpctlError
 from tpctl.serve.app import App
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
-from tpctl.serve.sockets import BACKLOG
+from tpctl.serve.sockets import BACKLOG, LOOK_SECONDS, Peer
 from tpctl.serve.straight import STATE
 from tpctl.serve.work import Work, named
 
@@ -151,19 +151,23 @@ def _answers(count: int) -> str:
 
 
 def _protocol() -> type[asyncio.Protocol]:
-    """Uvicorn's with h11, whichever else is installed, with two changes.
+    """Uvicorn's with h11, whichever else is installed, with three changes.
 
-    The head of a request has a limit of time, else whoever sends half of one stays. And a connection goes on being read
-    when something comes behind a request that is under way, else nobody sees that it ends.
+    The head of a request has a limit of time, else whoever sends half of one stays. A connection goes on being read
+    when something comes behind a request that is under way, else nobody sees that it ends. And one whose other end does
+    not answer any more is ended, while one that only takes nothing is kept.
     """
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _next_look: asyncio.TimerHandle
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             # The scopes of its requests have a copy of it. It holds no circle, which only a collection would end.
             self.app_state: dict[str, Any] = {STATE: weakref.ref(self)}
+            self._peer = Peer(transport.get_extra_info("socket"))
+            self._look_again()
             self._look()
 
         def data_received(self, data: bytes) -> None:
@@ -176,6 +180,7 @@ def _protocol() -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             if self._deadline is not None:
                 self._deadline.cancel()
+            self._next_look.cancel()
             super().connection_lost(exc)
 
         def _look(self) -> None:
@@ -185,5 +190,14 @@ def _protocol() -> type[asyncio.Protocol]:
                 self._deadline = None
             elif idle and self._deadline is None:
                 self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+        def _look_again(self) -> None:
+            self._next_look = self.loop.call_later(LOOK_SECONDS, self._look_at_peer)
+
+        def _look_at_peer(self) -> None:
+            with contextlib.suppress(OSError):  # it has been lost, which is told next
+                if self._peer.gone(self.loop.time()):
+                    return self.transport.abort()
+            return self._look_again()
 
     return Protocol

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import resource
 import socket
+import struct
+from typing import Protocol
 
 from tpctl.errors import UsageError
 
@@ -13,6 +15,14 @@ BACKLOG = 2048
 """Connections that may wait until they are taken."""
 
 _PROBE_AFTER, _PROBE_EVERY, _PROBES = 60, 15, 4  # seconds, seconds, count: for a client whose host is gone
+
+LOOK_SECONDS = 15.0
+"""Between two looks at whether the other end of a connection answers."""
+_SILENT_SECONDS = 120.0
+
+_INFO = struct.Struct("=2xBB20xI28xI")
+"""Of Linux' ``struct tcp_info``: retransmissions and probes without an answer, segments that are not acknowledged,
+milliseconds since anything was."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -36,7 +46,6 @@ def listen(host: str, port: int) -> socket.socket:
             ("TCP_KEEPIDLE", _PROBE_AFTER),
             ("TCP_KEEPINTVL", _PROBE_EVERY),
             ("TCP_KEEPCNT", _PROBES),
-            ("TCP_USER_TIMEOUT", 1000 * (_PROBE_AFTER + _PROBES * _PROBE_EVERY)),
         ):
             if (option := getattr(socket, name, None)) is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -58,6 +67,38 @@ def take(sock: socket.socket) -> None:
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise UsageError(_refusal(host, port, error)) from None
+
+
+class Sockopts(Protocol):
+    """As much of a socket as is used here."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+
+
+class Peer:
+    """Whether the host at the other end of a connection answers.
+
+    While nothing is sent the system's own probes find that out; for an answer to what is sent it waits a quarter of an
+    hour. With ``TCP_USER_TIMEOUT`` it waits as long as that says, but then (Linux 5.11) ends connections whose reader
+    takes nothing for so long, too, though its host answers whenever it is asked for room. So it is looked at here.
+    """
+
+    def __init__(self, sock: Sockopts) -> None:
+        self._sock = sock
+        self._since: float | None = None  # when it was first seen that an answer is due
+
+    def gone(self, now: float) -> bool:
+        """Whether an answer has been due for two minutes. Raises ``OSError``: the connection is closed.
+
+        ``now``: seconds of a clock that goes evenly. It is to be called again and again.
+        """
+        raw = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        *due, silent = _INFO.unpack(raw)
+        if not any(due) or (self._since is not None and now - silent / 1000 > self._since):
+            self._since = None
+        if any(due) and self._since is None:
+            self._since = now
+        return self._since is not None and now - self._since >= _SILENT_SECONDS
 
 
 def _refusal(host: str, port: int, error: OSError) -> str:
