@@ -44,13 +44,22 @@ def calls(form: str, count: int) -> list[dict[str, Any]]:
 
 
 def read(tokenizer: Tokenizer, answer: str, asked: Tools, *, size: int = 1, reason: str = "stop") -> TextStream:
+    return grown(tokenizer, answer, asked, size=size, reason=reason)[0]
+
+
+def grown(
+    tokenizer: Tokenizer, answer: str, asked: Tools, *, size: int = 1, reason: str = "stop", stop: tuple[str, ...] = ()
+) -> tuple[TextStream, list[str]]:
+    """An answer that came in so many tokens at a time, and what was told of it: texts, and the names of calls."""
     prompt = tokenizer.encode_chat([USER], with_tools({}, asked))
-    stream = TextStream(tokenizer, (), prompt, form=tokenizer.reasoning, tools=asked)
+    stream = TextStream(tokenizer, stop, prompt, form=tokenizer.reasoning, tools=asked)
     ids = tokenizer.encode_rendered(answer)
-    for at in range(0, len(ids), size):
-        stream.push(Output("a", ids[at : at + size]))
-    stream.push(Output("a", [0] if reason == "stop" else [], reason))
-    return stream
+    told = [one for at in range(0, len(ids), size) for one in stream.push(Output("a", ids[at : at + size]))]
+    told += stream.push(Output("a", [0] if reason == "stop" else [], reason))
+    pieces = [
+        one.call.name if one.call else one.text for one in told if not one.reasoning and (not one.call or one.call.name)
+    ]
+    return stream, [piece for piece in pieces if piece]
 
 
 def form_of(name: str) -> str:
@@ -172,6 +181,43 @@ def test_an_answer_ends_with_the_only_call() -> None:
     stream = TextStream(tokenizer, (), prompt, tools=asked)
     stream.push(Output("a", tokenizer.encode_rendered(f"{call}\n{call} and so on")))
     assert len(stream.calls) == 1 and stream.finish_reason == "tool_calls" and stream.stopped_early
+
+
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+BROKEN = '<tool_call>\n{"name": "now", "arguments": oops}\n</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("answer", "text", "calls"),
+    [
+        (f"Let me look. {NOW} It rains. {NOW}{NOW}\nSo.", "Let me look.\n\nIt rains.\n\nSo.", 3),
+        (f"{NOW} It rains.", "It rains.", 1),
+        (f"Well.\n{BROKEN} So.", f"Well.\n{BROKEN} So.", 0),
+        (f"Well.\n{NOW}\n{BROKEN} So.", f"Well.\n\n{BROKEN} So.", 1),
+        (f"Well.\n{BROKEN}\n{NOW}\nSo.", f"Well.\n{BROKEN}\n\nSo.", 1),
+    ],
+)
+def test_text_behind_a_call_is_a_blank_line_apart(answer: str, text: str, calls: int, size: int) -> None:
+    for stop in ((), ("\n<nothing",), ("\n\nX", " Y")):
+        stream, told = grown(model("hermes"), answer, tools(), size=size, stop=stop)
+        assert stream.text == "".join(piece for piece in told if piece != "now") == text
+        assert len(stream.calls) == calls and stream.finish_reason == ("tool_calls" if calls else "stop")
+        parts = [part.text if part.call is None else part.call.name for part in stream.parts]
+        assert "".join(part for part in parts if part != "now") == text and parts.count("now") == calls
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_stop_text_ends_with_the_text_that_a_call_ends(size: int) -> None:
+    for stop in ("x.It", "x.\n\nIt", "\n\n", "x.\n<tool_call>\nz"):
+        stream, told = grown(model("hermes"), f"Max.{NOW}It rains.", tools(), size=size, stop=(stop,))
+        assert stream.text == "Max.\n\nIt rains." and not stream.stopped_early
+        at = told.index("now")  # what may have begun it is told before the call
+        assert "".join(told[:at]) == "Max." and "".join(told[at + 1 :]) == "\n\nIt rains."
+    for stop, text, count in (("ax", "M", 0), ("t r", "Max.\n\nI", 1), ("I", "Max.", 1)):
+        stream, told = grown(model("hermes"), f"Max.{NOW}It rains.", tools(), size=size, stop=(stop,))
+        assert (stream.text, len(stream.calls), stream.stopped_early) == (text, count, True)
+        assert told.count("now") == count
 
 
 def test_models_without_tools_refuse_them(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from tpctl.client.reasoning import Form
 from tpctl.client.reasoning_stream import Segment, splitter
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools
-from tpctl.client.tools.calls import Calls, ToolCall
+from tpctl.client.tools.calls import CallPiece, Calls, ToolCall
 from tpctl.client.tools.stream import call_splitter
+from tpctl.client.turns import Part, Turn, parts
 from tpctl.wire.messages import Output
 from tpctl.wire.report import TokenLogprob
 
@@ -115,8 +116,8 @@ class TextStream:
         num_cached_tokens: prompt tokens that the prefix cache spared.
         num_thought: of ``token_ids``, those of thoughts, their marks not.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
-        in_call: whether the last that was told is of a call.
         said: where there are any, places in ``token_ids`` of what the text is made of, thoughts, calls and marks not.
+        turns: in what order texts, thoughts and calls were told.
         prompt_logprobs: one for each token of the prompt but the first, if asked for.
     """
 
@@ -151,8 +152,10 @@ class TextStream:
         self.num_cached_tokens = 0
         self.num_thought = 0
         self.logprobs: list[TokenLogprob] = []
-        self.in_call = False
         self.said: list[int] = []
+        self.turns: list[Turn] = []
+        self._kind = ""  # of the last one
+        self._apart = self._was_apart = False  # whether text comes behind a call; and before the last call began
         self._unsaid: list[int] = []  # places of tokens whose text is held back
         self._tokenizer = tokenizer
         self.prompt_logprobs: list[TokenLogprob] | None = None
@@ -160,6 +163,11 @@ class TextStream:
     @property
     def text(self) -> str:
         return "".join(self._pieces)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The answer's texts, thoughts and calls in their order."""
+        return parts(self.turns, self._calls, self._pieces, self._thoughts or ())
 
     @property
     def reasoning(self) -> str | None:
@@ -200,14 +208,8 @@ class TextStream:
                 self.logprobs.append(output.logprobs[position - 1])
             if position == last:  # the token that stopped it is no part of the text
                 break
-            new = self._pushed(id)
-            if output.logprobs is not None:
-                self._say(new, id)
-            if not new:
-                continue
-            if self._stop.any:
-                new = self._safe(new, early=len(self.token_ids) <= self._min_tokens)
-            shown += new
+            early = len(self.token_ids) <= self._min_tokens
+            shown += self._told(self._pushed(id), None if output.logprobs is None else id, early=early)
             if self._stop.found or self._called_enough:
                 break
         if self._stop.found or self._called_enough:
@@ -215,13 +217,10 @@ class TextStream:
         elif output.finish_reason is not None:
             if self._called is not None and output.finish_reason == "length":
                 self._called.cut()
-            left = self._splitter.finish()
-            self._say(left)
-            shown += self._safe(left)
+            shown += self._told(self._splitter.finish())
             if rest := self._stop.finish():
-                shown.append(Segment(rest))
+                shown += self._keep([Segment(rest)])
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
-        self._keep(shown)
         if self.finish_reason == "stop" and self.calls:
             self.finish_reason = "tool_calls"
         return shown
@@ -230,11 +229,10 @@ class TextStream:
         """A token among others, as nearly all are, where nothing in its text ends the answer."""
         self.token_ids += output.token_ids
         shown = self._pushed(output.token_ids[0])
-        if output.logprobs is not None:
-            self.logprobs += output.logprobs
-            self._say(shown, output.token_ids[0])
-        self._keep(shown)
-        return shown
+        if output.logprobs is None:
+            return self._keep(shown) if shown else shown
+        self.logprobs += output.logprobs
+        return self._told(shown, output.token_ids[0])
 
     def _pushed(self, id: int) -> list[Segment]:
         """The text that a token completes. One that opens or closes a thought is no part of it."""
@@ -246,36 +244,67 @@ class TextStream:
             self.num_thought += 1
         return found
 
-    def _say(self, new: Sequence[Segment], id: int | None = None) -> None:
-        """Note what the last token ``id`` is part of, or those held back: one without text is part of what follows."""
+    def _told(self, new: list[Segment], id: int | None = None, *, early: bool = False) -> list[Segment]:
+        """What is shown of new text; ``early``: no stop string counts in it. It is made of the last token ``id``,
+        where that is of interest, and of those that have been held back: one without text is part of what follows."""
         if id is not None and id not in self._tokenizer.marks:
             self._unsaid.append(len(self.token_ids) - 1)
-        if new:
-            if not (new[-1].reasoning or new[-1].call):
-                self.said += self._unsaid
-            self._unsaid = []
+        if not new:
+            return new
+        said, self._unsaid = self._unsaid, []
+        shown = self._keep(self._safe(new, early=early) if self._stop.any else new)
+        if not (new[-1].reasoning or new[-1].call):
+            self.said += said
+        return shown
 
-    def _keep(self, shown: Sequence[Segment]) -> None:
-        for text, reasoning, call in shown:
+    def _keep(self, shown: list[Segment]) -> list[Segment]:
+        """Note what is shown, and in what order. Text behind a call is a blank line apart from that before it."""
+        found = []
+        for segment in shown:
+            text, reasoning, call = segment
             if call is not None:
-                self._calls.push(call)
-                self.in_call = True
-                continue
-            self.in_call = False
-            into = self._thoughts if reasoning and self._thoughts is not None else self._pieces
-            into.append(text)
+                self._keep_call(call)
+            elif reasoning and self._thoughts is not None:
+                self._turn("reasoning", len(self._thoughts))
+                self._thoughts.append(text)
+            else:
+                if self._apart:
+                    if not (text := text.lstrip()):
+                        continue
+                    segment, self._apart = Segment(text := f"\n\n{text}" if self._pieces else text), False
+                self._turn("message", len(self._pieces))
+                self._pieces.append(text)
+            found.append(segment)
+        return found
 
-    def _safe(self, segments: list[Segment], *, early: bool = False) -> list[Segment]:
-        """What of new text stands before a stop string for certain."""
-        if not self._stop.any:
-            return segments
+    def _keep_call(self, piece: CallPiece) -> None:
+        self._calls.push(piece)
+        if piece.id is not None:
+            self._kind = ""  # it is another one
+            self._turn("function_call", piece.at)
+            self._was_apart, self._apart = self._apart, True
+        elif piece.taken_back:
+            self._apart = self._was_apart
+
+    def _turn(self, kind: str, first: int) -> None:
+        if kind != self._kind:
+            self._kind = kind
+            if self.turns:
+                self.turns[-1].said = len(self.said)
+            self.turns.append(Turn(kind, first))
+
+    def _safe(self, segments: list[Segment], *, early: bool) -> list[Segment]:
+        """What of new text stands before a stop string for certain. A text ends where a thought or a call begins: what
+        it ends with is told before that, and no string goes on behind it."""
         found = []
         for segment in segments:
-            text = segment.text
-            if segment.call is not None:
-                found.append(segment)
-            elif not segment.reasoning:
-                text = (self._stop.skip if early else self._stop.push)(text)
-            if text:
-                found.append(Segment(text, segment.reasoning))
+            if segment.call is None and not segment.reasoning:
+                if text := (self._stop.skip if early else self._stop.push)(segment.text):
+                    found.append(Segment(text))
+                if self._stop.found:
+                    break
+                continue
+            if rest := self._stop.finish():
+                found.append(Segment(rest))
+            found.append(segment)
         return found

@@ -13,6 +13,7 @@ from tpctl.client.reasoning_stream import Segment
 from tpctl.client.token_text import TokenTexts, logprob_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.calls import CallPiece
+from tpctl.client.turns import Part
 from tpctl.serve.answered import encode
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
@@ -70,7 +71,7 @@ class ResponseWriter:
         self._tokenizer = tokenizer
         self._texts: TokenTexts | None = None  # made for the first log-probability that is told
         self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
-        self._until: int | None = None  # tokens that are being told; others may have come meanwhile
+        self._until = 0  # tokens that are being told; others may have come meanwhile
         self._length = asked.size  # bytes, about, of what the body said and of the items so far
         self._number = 0
         self._open: _Open | None = None
@@ -114,9 +115,6 @@ class ResponseWriter:
                 found += self._begin(self._new("message"))
         else:
             found = b""
-        if self._open is not None and self._open.kind == "message":
-            self._until = None
-            self._open.logprobs += self._logprobs()  # of tokens that came to no text, as those of a stop text
         found += self._close("incomplete" if cut and self._open and self._open.kind == "message" else "completed")
         response = self.whole()
         return found + self._event(f"response.{response['status']}", response=response)
@@ -127,7 +125,9 @@ class ResponseWriter:
 
     def whole(self) -> dict[str, Any]:
         cut = self._stream.finish_reason == "length"
-        found = self._response("incomplete" if cut else "completed", self._told or self._items(cut))
+        if not self._told:
+            self._tell(cut)
+        found = self._response("incomplete" if cut else "completed", self._told)
         cached, thought = self._stream.num_cached_tokens, self._generation.reasoning_tokens
         tokens_in, out = len(self._job.token_ids), len(self._stream.token_ids)
         found["usage"] = {
@@ -139,19 +139,23 @@ class ResponseWriter:
         }
         return found
 
-    def _items(self, cut: bool) -> list[dict[str, Any]]:
-        """Those of an answer that was not told as it grew."""
-        stream, found = self._stream, []
-        if stream.reasoning:
-            found.append(self._new("reasoning", stream.reasoning).item())
-        if stream.text or not stream.calls:
-            message = self._new("message", stream.text)
-            message.logprobs = self._logprobs()
-            found.append(message.item("incomplete" if cut and not stream.in_call else "completed"))
-        for at, call in enumerate(stream.calls):
-            item = _Open("function_call", f"fc_{self._id}{at}", call.arguments, call.id, call.name)
-            found.append(item.item("completed" if call.whole else "incomplete"))
-        return found
+    def _tell(self, cut: bool) -> None:
+        """The items of an answer that was not told as it grew."""
+        parts = self._stream.parts
+        if all(part.kind == "reasoning" for part in parts):
+            parts = [*parts, Part("message", "", None)]
+        for part in parts:
+            status = "completed"
+            if part.call is not None:
+                number = sum(item["type"] == part.kind for item in self._told)
+                item = _Open(part.kind, f"fc_{self._id}{number}", part.call.arguments, part.call.id, part.call.name)
+                status = "completed" if part.call.whole else "incomplete"
+            else:
+                item = self._new(part.kind, self._alone(part.text))
+                if part.kind == "message":
+                    item.logprobs = self._logprobs(part.said, all=True)
+                    status = "incomplete" if cut and part is parts[-1] else "completed"
+            self._told.append(item.item(status))
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         said, sampling = self._repeated, self._job.sampling[0]
@@ -183,22 +187,36 @@ class ResponseWriter:
     def _say(self, kind: str, text: str) -> bytes:
         found = b""
         if self._open is None or self._open.kind != kind:
-            found = self._close() + self._begin(self._new(kind))
+            found = self._close()
+            text = self._alone(text)
+            found += self._begin(self._new(kind))
         assert self._open is not None
         self._open.text += text
         self._length += len(text)
         name, more = "reasoning_text", {}
         if kind == "message":
-            name, more = "output_text", {"logprobs": (new := self._logprobs())}
+            name, more = "output_text", {"logprobs": (new := self._logprobs(self._ended()))}
             self._open.logprobs += new
             self._length += _TOKEN * len(new)
         return found + self._event(f"response.{name}.delta", **self._place(), delta=text, **more)
 
-    def _logprobs(self) -> list[dict[str, Any]]:
-        """Of the text's tokens that have come since they were last asked for."""
+    def _alone(self, text: str) -> str:
+        """A text without the blank line that a chat's has behind a call: here it is an item of its own."""
+        behind = bool(self._told) and self._told[-1]["type"] == "function_call"
+        return text.removeprefix("\n\n") if behind else text
+
+    def _ended(self) -> int | None:
+        """How many tokens texts had at the end of the one that is told, if that has been reached."""
+        number = sum(item["type"] == "message" for item in self._told)
+        ends = [turn.said for turn in self._stream.turns if turn.kind == "message"]
+        return ends[number] if number < len(ends) else None
+
+    def _logprobs(self, end: int | None, *, all: bool = False) -> list[dict[str, Any]]:
+        """Of the text's tokens that were told since they were last asked for, ``all``: that have come; up to so many of
+        all texts'."""
         stream, first = self._stream, self._described
-        until = len(stream.token_ids) if self._until is None else self._until
-        if not (places := [place for place in stream.said[self._said :] if place < until]):
+        until = len(stream.token_ids) if all else self._until
+        if not (places := [place for place in stream.said[self._said : end] if place < until]):
             return []
         self._said += len(places)
         self._described = places[-1] + 1
@@ -239,6 +257,8 @@ class ResponseWriter:
         item, place = self._open, len(self._told)
         if item is None:
             return b""
+        if item.kind == "message":
+            item.logprobs += self._logprobs(self._ended(), all=True)  # of tokens that came to no text, too
         told = item.item("completed" if item.kind == "reasoning" else status)
         if item.kind == "function_call":
             about = {"item_id": item.id, "output_index": place, "name": item.name, "arguments": item.text}

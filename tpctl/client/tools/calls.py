@@ -67,5 +67,9 @@ class Calls:
         else:
             self._found[piece.at].arguments += piece.arguments
 
+    def at(self, place: int) -> ToolCall | None:
+        """One of them; ``None``: it was taken back, or there is none."""
+        return self._found.get(place)
+
     def all(self) -> list[ToolCall]:
         return list(self._found.values())
