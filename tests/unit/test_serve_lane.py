@@ -16,10 +16,12 @@ from tests.unit.test_serve_pool import PATIENCE, closed, job, opened, until
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import RequestError
 from tpctl.serve import endpoints, lane
 from tpctl.serve import pool as pool_module
 from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.errors import ApiError
 from tpctl.serve.lane import Lane
 from tpctl.serve.threads import Threads
 from tpctl.wire.messages import Output, Request
@@ -53,6 +55,29 @@ def test_what_fails_in_a_step_costs_no_other_answer_its_tokens(tokenizer: Tokeni
         with pytest.raises(ValueError, match="it has no words"):
             await broken.finish()
         await until(lambda: len(engine.aborted) == 1)
+        await pool.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("raised", [RequestError("no token"), ValueError("a bug")])
+def test_an_answer_that_cannot_be_told_is_counted_once(tokenizer: Tokenizer, raised: Exception) -> None:
+    """As an error; the others to the same request are wanted no more."""
+
+    class Broken(TextStream):
+        def push(self, output: Output) -> list[Segment]:
+            raise raised
+
+    async def run() -> None:
+        pool, _ = await opened([FakeEngine(tokenizer)])
+        bad = job(tokenizer, "bad", answers=3)
+        bad.streams = [TextStream(tokenizer), Broken(tokenizer), TextStream(tokenizer)]
+        with pytest.raises((ApiError, ValueError), match=str(raised)):
+            await pool.begin([bad]).finish()
+        lines = pool.metrics.exposition({}, 0).decode().splitlines()
+        ends = {"stop": 0, "length": 0, "tool_calls": 0, "abort": 2, "error": 1}
+        assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
+        assert not pool.under_way
         await pool.close()
 
     asyncio.run(run())

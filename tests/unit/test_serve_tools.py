@@ -244,6 +244,7 @@ def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> Non
             ({"tools": TOOLS, "tool_choice": "x"}, "tool_choice", 'tool_choice is "x"'),
             ({"tools": TOOLS, "grammar": "start: x"}, "tools", "grammar beside tools: "),
             ({"functions": TOOLS}, "functions", "functions is"),
+            ({"tools": TOOLS, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "has tools of its own"),
         ):
             found = error(client.post(CHAT, json=chat(**more)), 400)
             assert found.param == param and said in found.message

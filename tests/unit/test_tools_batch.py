@@ -44,6 +44,7 @@ def test_lines_with_tools(tmp_path: Path) -> None:
             line("none", chat("c", tools=[TOOL], tool_choice="none")),
             line("wrong", chat("d", tools=[TOOL], tool_choice="x")),
             line("plain", chat("e")),
+            line("twice", chat("f", tools=[TOOL], chat_template_kwargs={"tools": []})),
         ],
     )
     fake = FakeClient(tokenizer, max_model_len=2048)
@@ -59,6 +60,7 @@ def test_lines_with_tools(tmp_path: Path) -> None:
     for name in ("none", "plain"):
         assert found[name].choices[0].message.content == CALL and found[name].choices[0].finish_reason == "stop"
     assert 'tool_choice is "x"' in found["wrong"].message
+    assert "chat_template_kwargs has tools, but the request has tools of its own" in found["twice"].message
     texts = [tokenizer.decode(request.token_ids) for request in fake.requests]
     assert ['"name": "now"' in text for text in texts] == [True, True, True, False, False]
     assert [request.sampling.grammar is not None for request in fake.requests] == [False, True, True, False, False]

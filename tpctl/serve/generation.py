@@ -115,6 +115,7 @@ class Generation:
         try:
             segments = stream.push(output)
         except TpctlError as error:  # the tokenizer cannot decode it
+            stream.finish_reason = "error"
             self.fail(ApiError(500, str(error)))
             return True
         if not output.token_ids and output.finish_reason is None:  # of the prompt

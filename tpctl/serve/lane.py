@@ -140,6 +140,8 @@ class Lane:
                     observe(generation, at, len(output.token_ids), now)
                 ended = generation.push(at, output)
             except Exception as error:  # what comes behind this is others'
+                generation.streams[at].finish_reason = "error"
+                self._metrics.ended("error")
                 generation.fail(error)
                 continue
             if ended:

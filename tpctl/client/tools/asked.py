@@ -98,8 +98,19 @@ def read_tools(fields: Mapping[str, Any]) -> Tools | None:
 
 
 def with_tools(variables: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
-    """What a chat template is given besides messages, with the tools."""
-    return dict(variables) if tools is None else {"tools": tools.offered, **variables}
+    """What a chat template is given besides messages, with the tools.
+
+    Raises:
+        ToolsError: there are tools among ``variables``, too: the template would show those, and calls be read of these.
+    """
+    if tools is None:
+        return dict(variables)
+    if "tools" in variables:
+        raise ToolsError(
+            "chat_template_kwargs has tools, but the request has tools of its own; leave one of them out",
+            "chat_template_kwargs",
+        )
+    return {**variables, "tools": tools.offered}
 
 
 def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
