@@ -1,222 +1,273 @@
-"""JSON schemas of many kinds, some two hundred: what models are asked for, each keyword, and how they nest."""
+"""JSON schemas of some two hundred and fifty kinds: no two have the same keywords at the same places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-Schema = dict[str, Any]
-
-WORDS = ["red", "green", "blue", "dark grey", 'quo"ted', "back\\slash", "naïve", "日本", "a/b", "😀"]
-SHORT: Schema = {"type": "string", "maxLength": 12}
-SMALL: Schema = {"type": "integer", "minimum": 0, "maximum": 99}
-
-
-def closed(properties: dict[str, Schema], required: list[str] | None = None, **more: Any) -> Schema:
-    """An object of these properties and no others; all of them needed, if nothing else is said."""
-    needed = list(properties) if required is None else required
-    return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False, **more}
-
-
-def listed(items: Schema, least: int = 0, most: int = 3, **more: Any) -> Schema:
-    return {"type": "array", "items": items, "minItems": least, "maxItems": most, **more}
-
-
-def scalars() -> Iterator[tuple[str, Schema]]:
-    """Each inside an object, as interfaces want it."""
-    for name, schema in {
-        "boolean": {"type": "boolean"},
-        "null": {"type": "null"},
-        "number or null": {"type": ["number", "null"]},
-        "string or integer": {"anyOf": [SHORT, SMALL]},
-        "const text": {"const": "exactly this"},
-        "const number": {"const": 17},
-        "const object": {"const": {"a": [1, None, True]}},
-        "mixed enum": {"enum": [1, "one", None, [1], {"one": 1}]},
-    }.items():
-        yield name, closed({"value": schema})
-    for low, high in [(0, 9), (-5, 5), (1, 100), (18, 120), (-1000, -10), (1990, 2030), (0, 65535), (7, 7)]:
-        yield f"integer {low}..{high}", closed({"value": {"type": "integer", "minimum": low, "maximum": high}})
-        yield (
-            f"integer above {low}, up to {high + 2}",
-            closed({"value": {"type": "integer", "exclusiveMinimum": low, "maximum": high + 2}}),
-        )
-    for low, high in [(0, 1), (-1, 1), (0.5, 99.5), (-273.15, 1000)]:
-        yield f"number {low}..{high}", closed({"value": {"type": "number", "minimum": low, "maximum": high}})
-    for step in (2, 5, 10):
-        yield (
-            f"multiple of {step}",
-            closed({"value": {"type": "integer", "multipleOf": step, "minimum": 0, "maximum": 50}}),
-        )
+from tests.schemas_combined import combined, drafts, referred
+from tests.schemas_of_tasks import tasks
+from tests.schemas_parts import (
+    DRAFTS,
+    FLAG,
+    INTEGER,
+    NULL,
+    SHORT,
+    SMALL,
+    TAG,
+    WORDS,
+    Schema,
+    closed,
+    either,
+    listed,
+    opened,
+)
 
 
-def texts() -> Iterator[tuple[str, Schema]]:
-    for least, most in [(0, 5), (1, 1), (3, 8), (10, 20), (0, 40), (5, 5)]:
-        yield f"text of {least}..{most}", closed({"text": {"type": "string", "minLength": least, "maxLength": most}})
-    for pattern in [
-        r"^[a-z]{3,8}$",
-        r"^[A-Z][a-z]{2,10}$",
-        r"^\d{5}$",
-        r"^\d{3}-\d{2}-\d{4}$",
-        r"^#[0-9a-f]{6}$",
-        r"^(yes|no|maybe)$",
-        r"^[a-z]+@[a-z]{2,8}\.(com|org)$",
-        r"^v\d{1,2}\.\d{1,2}\.\d{1,2}$",
-        r"^[^\"\\]{1,12}$",
-        r"^(?:[01]\d|2[0-3]):[0-5]\d$",
-        r"^[äöü]{1,4}$",
-        r"^\+?[0-9]{7,12}$",
-    ]:
-        yield f"pattern {pattern}", closed({"text": {"type": "string", "pattern": pattern}})
-    for form in ("date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "hostname"):
-        yield f"format {form}", closed({"text": {"type": "string", "format": form}})
-    for count in range(1, len(WORDS) + 1):
-        yield f"enum of {count}", closed({"text": {"enum": WORDS[:count]}})
-
-
-def arrays() -> Iterator[tuple[str, Schema]]:
-    for least, most in [(0, 0), (0, 1), (1, 1), (2, 4), (5, 5), (0, 8)]:
-        yield f"{least}..{most} integers", closed({"items": listed(SMALL, least, most)})
-        yield f"{least}..{most} texts", closed({"items": listed(SHORT, least, most)})
-    yield "matrix", closed({"rows": listed(listed(SMALL, 2, 2), 2, 2)})
-    yield "objects", closed({"people": listed(closed({"name": SHORT, "age": SMALL}), 1, 2)})
-    yield "enums", closed({"colours": listed({"enum": WORDS[:4]}, 1, 4)})
-    yield "booleans", closed({"flags": listed({"type": "boolean"}, 3, 3)})
-    yield "mixed items", closed({"items": listed({"anyOf": [SMALL, SHORT, {"type": "null"}]}, 1, 4)})
-    for count in (1, 2, 3, 4):
-        parts = [SMALL, SHORT, {"type": "boolean"}, {"enum": WORDS[:3]}][:count]
-        tuples = {"type": "array", "prefixItems": parts, "items": False, "minItems": count}
-        yield f"tuple of {count}", closed({"tuple": tuples})
-    yield "array at the top", listed(closed({"id": SMALL}), 1, 3)
-    yield "text at the top", {"type": "string", "maxLength": 20}
-    yield "number at the top", SMALL
-    yield "enum at the top", {"enum": WORDS}
-
-
-def objects() -> Iterator[tuple[str, Schema]]:
-    kinds = [SMALL, SHORT, {"type": "boolean"}, {"enum": WORDS[:3]}, {"type": "null"}]
-    for count in range(1, 13):
-        properties = {f"field_{number}": kinds[number % len(kinds)] for number in range(count)}
-        yield f"{count} fields", closed(properties)
-        yield f"{count} fields, half needed", closed(properties, list(properties)[::2])
-    for depth in range(1, 8):
-        schema: Schema = closed({"leaf": SMALL})
-        for level in range(depth):
-            schema = closed({f"level_{level}": schema})
-        yield f"depth {depth}", schema
-    for names in [["with space", "with-dash"], ["ünï", "日本"], ['quo"te', "back\\slash"], ["", "x"], ["$ref", "type"]]:
-        yield f"names {names}", closed(dict.fromkeys(names, SMALL))
-    yield "map of integers", {"type": "object", "additionalProperties": SMALL, "maxProperties": 3, "properties": {}}
-    yield (
-        "map beside a field",
-        {"type": "object", "properties": {"id": SMALL}, "required": ["id"]}
-        | {"additionalProperties": {"type": "boolean"}},
-    )
-    yield "no fields", closed({})
-    yield "described", closed({"name": SHORT}, title="Person", description="Somebody", **{"$comment": "none"})
-    yield "defaults and examples", closed({"size": {**SMALL, "default": 4, "examples": [1, 2]}})
-
-
-def nested() -> Iterator[tuple[str, Schema]]:
-    """Each of some values at each of some places."""
-    values: dict[str, Schema] = {
-        "integer": SMALL,
-        "negative": {"type": "integer", "minimum": -99, "maximum": -1},
-        "ratio": {"type": "number", "minimum": 0, "maximum": 1},
+def whole() -> dict[str, Schema]:
+    """What stands alone, and no object around it."""
+    return {
+        "boolean": FLAG,
+        "null": NULL,
         "text": SHORT,
-        "code": {"type": "string", "pattern": r"^[A-Z]{2}\d{2}$"},
-        "day": {"type": "string", "format": "date"},
-        "enum": {"enum": WORDS[:5]},
-        "flag": {"type": "boolean"},
-        "pair": closed({"x": SMALL, "y": SMALL}),
-        "list": listed({"type": "boolean"}, 1, 3),
+        "number": {"type": "number", "minimum": 0, "maximum": 1},
+        "enum": {"enum": WORDS},
+        "object": {"type": "object", "maxProperties": 0},
+        "list": listed(SMALL),
+        "either of three types": {"type": ["boolean", "null", "integer"], "minimum": 0, "maximum": 9},
+        "const list": {"const": [1, [2, "three"], {"four": 5}]},
     }
-    for name, value in values.items():
-        yield f"list of {name}", closed({"values": listed(value, 1, 3)})
-        yield f"{name} that may be left out", closed({"id": SMALL, "value": value}, ["id"])
-        yield f"{name} or null", closed({"value": {"anyOf": [value, {"type": "null"}]}})
-        yield f"map of {name}", {"type": "object", "additionalProperties": value, "required": ["a"]}
-        yield f"{name} by name", {**closed({"value": {"$ref": "#/$defs/it"}}), "$defs": {"it": value}}
 
 
-def combined() -> Iterator[tuple[str, Schema]]:
-    circle, square = (closed({"kind": {"const": kind}, "size": SMALL}) for kind in ("circle", "square"))
-    named = closed({"kind": {"const": "text"}, "content": SHORT})
-    for count, options in enumerate(([circle], [circle, square], [circle, square, named]), start=1):
-        yield f"anyOf {count}", {"anyOf": options}
-        yield f"anyOf {count} in a list", closed({"shapes": listed({"anyOf": options}, 1, 2)})
-        yield f"oneOf {count}", {"oneOf": options}
-    yield (
-        "allOf",
-        {"allOf": [{"type": "object", "properties": {"a": SMALL}, "required": ["a"]}, {"properties": {"b": SHORT}}]},
-    )
-    yield "allOf of one", closed({"value": {"allOf": [SMALL]}})
-    tree = closed({"value": SMALL, "left": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}})
-    yield "recursive list", {"$ref": "#/$defs/tree", "$defs": {"tree": tree}}
-    node = closed({"name": SHORT, "children": listed({"$ref": "#/$defs/node"}, 0, 2)})
-    yield "recursive tree", {"$ref": "#/$defs/node", "$defs": {"node": node}}
-    for count in (1, 2, 3):
-        definitions = {f"part_{number}": closed({"n": SMALL}) for number in range(count)}
-        yield (
-            f"{count} definitions",
-            {**closed({name: {"$ref": f"#/$defs/{name}"} for name in definitions}), "$defs": definitions},
-        )
-    yield (
-        "optional or null",
-        closed({"a": {"type": ["integer", "null"], "maximum": 9, "minimum": 0}, "b": SHORT}, ["b"]),
-    )
+def numbers() -> dict[str, Schema]:
+    def number(**more: Any) -> Schema:
+        return closed({"value": {"type": "number", **more}})
+
+    def integer(**more: Any) -> Schema:
+        return closed({"value": {"type": "integer", **more}})
+
+    return {
+        "integer": integer(),
+        "integer from": integer(minimum=1),
+        "integer up to": integer(maximum=-1),
+        "integer within": integer(minimum=18, maximum=120),
+        "integer around zero": integer(minimum=-5, maximum=5),
+        "integer from zero": integer(minimum=0, maximum=65535),
+        "integer below zero": integer(minimum=-1000, maximum=-10),
+        "integer, one that is left": integer(exclusiveMinimum=6, exclusiveMaximum=8),
+        "integer above": integer(exclusiveMinimum=0, maximum=99),
+        "integer below": integer(minimum=10, exclusiveMaximum=20),
+        "integer, bounds of both sorts": integer(minimum=3, exclusiveMinimum=5, maximum=9, exclusiveMaximum=20),
+        "integer, bounds that are no integers": integer(minimum=0.5, maximum=9.5),
+        "integer, a multiple": integer(multipleOf=5, minimum=0, maximum=50),
+        "integer, a multiple from": integer(multipleOf=7, minimum=100),
+        "number within": number(minimum=1, maximum=100),
+        "number around zero": number(minimum=-273.15, maximum=1000),
+        "number between": number(exclusiveMinimum=0, exclusiveMaximum=1),
+        "number from": number(minimum=0.5, maximum=10**6),
+        "number, a multiple of a part": number(multipleOf=0.25, minimum=0, maximum=2),
+        "number, a multiple of a whole": number(multipleOf=10, minimum=-50, maximum=50),
+        "number or null": closed({"value": {"type": ["number", "null"], "minimum": 0, "maximum": 9}}),
+        "number or text": closed({"value": {"type": ["number", "string"], "maximum": 5, "minimum": 0, "maxLength": 3}}),
+        "bounds without a type": closed({"value": {"minimum": 0, "maximum": 9, "enum": [1, 5, 20, "a"]}}),
+    }
 
 
-def tasks() -> Iterator[tuple[str, Schema]]:
-    """What people ask models for."""
-    money = {"type": "number", "minimum": 0, "maximum": 10000}
-    address = closed({"street": SHORT, "city": SHORT, "zip": {"type": "string", "pattern": r"^\d{5}$"}})
-    yield from {
-        "person": closed(
-            {"name": SHORT, "age": SMALL, "email": {"type": "string", "format": "email"}}, ["name", "age"]
-        ),
-        "sentiment": closed({"label": {"enum": ["positive", "negative", "neutral"]}, "score": {**money, "maximum": 1}}),
-        "address": address,
-        "customer": closed({"name": SHORT, "address": address}),
-        "order": closed(
-            {"items": listed(closed({"sku": SHORT, "count": SMALL, "price": money}), 1, 2), "paid": {"type": "boolean"}}
-        ),
-        "event": closed({"title": SHORT, "date": {"type": "string", "format": "date"}, "guests": listed(SHORT, 0, 3)}),
-        "recipe": closed({"title": SHORT, "steps": listed(SHORT, 1, 4), "minutes": SMALL}),
-        "review": closed(
-            {"stars": {"type": "integer", "minimum": 1, "maximum": 5}, "pros": listed(SHORT), "cons": listed(SHORT)}
-        ),
-        "tool call": closed({"name": {"enum": ["search", "open"]}, "arguments": closed({"query": SHORT})}),
-        "calls": listed({"anyOf": [closed({"search": SHORT}), closed({"open": SMALL})]}, 1, 3),
-        "steps": closed(
-            {"steps": listed(closed({"explanation": SHORT, "output": SHORT}), 1, 3), "final_answer": SHORT}
-        ),
-        "entities": closed(
-            {"entities": listed(closed({"text": SHORT, "kind": {"enum": ["person", "place", "date"]}}), 0, 3)}
-        ),
-        "translation": closed({"source": {"enum": ["en", "de", "fr"]}, "text": SHORT}),
-        "quiz": closed({"question": SHORT, "options": listed(SHORT, 4, 4), "answer": {"enum": [0, 1, 2, 3]}}),
-        "coordinates": closed(
-            {
-                "lat": {"type": "number", "minimum": -90, "maximum": 90},
-                "lon": {"type": "number", "minimum": -180, "maximum": 180},
-            }
-        ),
-        "colour": closed({name: {"type": "integer", "minimum": 0, "maximum": 255} for name in ("r", "g", "b")}),
-        "settings": closed(
-            {"theme": {"enum": ["dark", "light"]}, "volume": SMALL, "shortcuts": listed(SHORT)}, ["theme"]
-        ),
-        "verdict": closed({"reasoning": {"type": "string", "maxLength": 80}, "verdict": {"type": "boolean"}}),
-        "page": closed(
-            {"page": SMALL, "next": {"anyOf": [SMALL, {"type": "null"}]}, "rows": listed(listed(SHORT, 2, 2), 0, 2)}
-        ),
-        "version": closed(
-            {"version": {"type": "string", "pattern": r"^\d{1,2}\.\d{1,2}$"}, "stable": {"type": "boolean"}}
-        ),
-    }.items()
+def texts() -> dict[str, Schema]:
+    def text(**more: Any) -> Schema:
+        return closed({"text": {"type": "string", **more}})
+
+    patterns = {
+        "letters": "^[a-z]{3,8}$",
+        "a name": "^[A-Z][a-z]{2,10}$",
+        "digits by class": r"^\d{5}$",
+        "digits and hyphens": r"^\d{3}-\d{2}-\d{4}$",
+        "one of words": "^(yes|no|maybe)$",
+        "one of words without a group's number": "^(?:north|south)-(?:east|west)$",
+        "negated class": r"^[^\"\\]{1,12}$",
+        "optional sign": r"^\+?[0-9]{7,12}$",
+        "one or more": "^[ab]+c$",
+        "none or more": "^x[yz]*$",
+        "lazy": "^<.{1,9}?>$",
+        "beyond ASCII": "^[äöü]{1,4}$",
+        "by code points": "^[\\u0391-\\u03a9]{2,3}$",
+        "no ASCII": r"^[^\x00-\x7f]{1,3}$",
+        "words and spaces": r"^\w{1,6}(\s\w{1,6}){0,2}$",
+        "escaped marks": r"^\(\d\)\.\*\$$",
+        "a slash": r"^\/[a-z]{1,4}\/$",
+        "a control": r"^a\tb$",
+        "begins with": "^ab[a-z]?",
+        "ends with": "[a-z]{2}!$",
+        "has in it": "ok",
+        "any case": "^(?i:[abc]{3})$",
+        "one end each": "^aa|bb$",
+        "nested groups": "^(a(b(c|d)){1,2})$",
+    }
+    endless = ("begins with", "ends with", "has in it", "one end each", "one or more", "none or more")
+    formats = {"email": 20, "hostname": 12, "uri": 25, "duration": 12, "time": 15, "date-time": 25}
+    short = ("date", "ipv4", "ipv6", "uuid")
+    return {
+        **{
+            f"pattern, {name}": text(pattern=pattern, **({"maxLength": 8} if name in endless else {}))
+            for name, pattern in patterns.items()
+        },
+        **{f"format {form}": text(format=form, maxLength=most) for form, most in formats.items()},
+        **{f"format {form}": text(format=form) for form in short},
+        "up to": text(maxLength=20),
+        "from and up to": text(minLength=3, maxLength=40),
+        "none": text(maxLength=0),
+        "pattern and length": text(pattern="^[ab]*$", minLength=3, maxLength=6),
+        "pattern and format": text(pattern="^2[0-9]", format="date"),
+        "format in a list": closed({"texts": listed({"type": "string", "format": "ipv4"}, 1, 2)}),
+        "length and enum": text(enum=["a", "bb", "ccc", 4], minLength=2),
+        "pattern and enum": text(enum=["apple", "bear", "ant"], pattern="^a"),
+        "said to be packed": text(contentEncoding="base64", contentMediaType="image/png", maxLength=8),
+    }
+
+
+def chosen() -> dict[str, Schema]:
+    """``enum`` and ``const``."""
+
+    def value(schema: Schema) -> Schema:
+        return closed({"value": schema})
+
+    return {
+        "enum of texts": value({"type": "string", "enum": WORDS[:4]}),
+        "enum of texts with marks": value({"enum": ['quo"ted', "back\\slash", "line\nbreak", "tab\t"]}),
+        "enum of integers": value({"enum": [0, 1, 42, -7]}),
+        "enum of fractions": value({"enum": [0.5, 1.25, -3.75]}),
+        "enum of booleans": value({"enum": [True]}),
+        "enum with null": value({"enum": ["a", None]}),
+        "enum of lists": value({"enum": [[1], [1, 2], []], "minItems": 1}),
+        "enum of objects": value({"enum": [{"a": 1}, {"b": 1}, {"a": 1, "b": 2}], "required": ["a"]}),
+        "enum of everything": value({"enum": [1, "one", None, [1], {"one": 1}, 1.5, False]}),
+        "enum by type": value({"enum": [1, "one", None, 2.5], "type": ["integer", "null"]}),
+        "enum by bounds": value({"enum": [1, 2, 3, 4, 12], "minimum": 2, "exclusiveMaximum": 12}),
+        "enum by multiples": value({"enum": [1, 2, 3, 4], "multipleOf": 2}),
+        "const text": value({"const": "exactly this"}),
+        "const number": value({"const": 17}),
+        "const fraction": value({"const": 2.5}),
+        "const false": value({"const": False}),
+        "const null": value({"const": None}),
+        "const object": value({"const": {"a": [1, None, True], "b": {"c": "d"}}}),
+        "const and its type": value({"type": "string", "const": ""}),
+        "list of an enum": value(listed({"enum": WORDS[:3]}, 1, 4)),
+    }
+
+
+def arrays() -> dict[str, Schema]:
+    def items(**more: Any) -> Schema:
+        return closed({"items": {"type": "array", **more}})
+
+    pair = [SMALL, SHORT]
+    return {
+        "none": items(maxItems=0),
+        "of anything, none": items(items=False),
+        "one or none": items(items=SMALL, maxItems=1),
+        "so many": items(items=SMALL, minItems=5, maxItems=5),
+        "from": items(items=FLAG, minItems=2),
+        "texts": items(items=SHORT, minItems=1, maxItems=3),
+        "of either": items(items={"anyOf": [SMALL, SHORT, NULL]}, minItems=1, maxItems=4),
+        "of types": items(items={"type": ["integer", "boolean"], "minimum": 0, "maximum": 5}, maxItems=4),
+        "lists of lists": items(items=listed(SMALL, 2, 2), minItems=2, maxItems=2),
+        "three deep": items(items=listed(listed(FLAG, 1, 2), 1, 2), minItems=1, maxItems=2),
+        "objects": items(items=closed({"name": SHORT, "age": SMALL}), minItems=1, maxItems=2),
+        "maps": items(items={"type": "object", "additionalProperties": SMALL, "maxProperties": 1}, maxItems=2),
+        "tuple": items(prefixItems=pair, items=False, minItems=2),
+        "tuple, its end may be missing": items(prefixItems=[*pair, FLAG], items=False, minItems=1),
+        "tuple and more of one kind": items(prefixItems=[SHORT], items=SMALL, minItems=3, maxItems=4),
+        "tuple, cut short": items(prefixItems=[SMALL, SMALL, SMALL], maxItems=2),
+        "tuple of tuples": items(prefixItems=[closed({"a": SMALL}), listed(SMALL)], items=False, minItems=2),
+        "tuple of one": items(prefixItems=[{"const": "only"}], items=False, minItems=1),
+        "older tuple": items(items=pair, additionalItems=False, minItems=2) | {"$schema": DRAFTS[7]},
+        "older tuple and more": items(items=[SHORT], additionalItems=SMALL, minItems=2, maxItems=3)
+        | {"$schema": DRAFTS[6]},
+        "newer, as the older tuple": items(items=[FLAG, SMALL], minItems=2, maxItems=2) | {"$schema": DRAFTS[2019]},
+        "list or one": closed({"tags": either(SHORT, listed(SHORT, 1, 3))}),
+        "list, without its type": closed({"items": {"items": SMALL, "maxItems": 2, "minItems": 1, "type": ["array"]}}),
+    }
+
+
+def objects() -> dict[str, Schema]:
+    several = {"a": SMALL, "b": SHORT, "c": FLAG}
+    return {
+        "no fields": closed({}),
+        "all needed": closed(several),
+        "some needed": closed(several, ["b"]),
+        "none needed": closed(several, []),
+        "twelve": closed({f"field_{at}": [SMALL, SHORT, FLAG, NULL, {"enum": WORDS[:3]}][at % 5] for at in range(12)}),
+        "five deep": closed({"a": closed({"b": closed({"c": closed({"d": closed({"leaf": SMALL})})})})}),
+        "deep and may be missing": closed({"a": closed({"b": closed({"leaf": SMALL}, [])}, [])}, []),
+        "side by side": closed({"left": closed({"x": SMALL}), "right": closed({"y": SHORT})}),
+        "open": {**opened({"id": SMALL}, ["id"]), "maxProperties": 1},
+        "open, said so": {**opened({"id": SMALL}, ["id"]), "additionalProperties": True, "maxProperties": 1},
+        "map": {"type": "object", "additionalProperties": SMALL, "maxProperties": 3},
+        "map, not empty": {"type": "object", "additionalProperties": FLAG, "minProperties": 1, "maxProperties": 2},
+        "map of lists": {"type": "object", "additionalProperties": listed(SMALL), "maxProperties": 2},
+        "map of maps": {
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": FLAG, "maxProperties": 1},
+            "maxProperties": 1,
+        },
+        "map of objects": {"type": "object", "additionalProperties": closed({"n": SMALL}), "maxProperties": 1},
+        "map beside fields": {**opened({"id": SMALL}, ["id"]), "additionalProperties": FLAG, "maxProperties": 3},
+        "map with a key": {"type": "object", "additionalProperties": SMALL, "required": ["a"], "maxProperties": 2},
+        "keys by pattern": {
+            "type": "object",
+            "patternProperties": {"^x[0-9]$": SMALL},
+            "additionalProperties": False,
+            "maxProperties": 2,
+        },
+        "keys by pattern, one of them needed": {
+            "type": "object",
+            "patternProperties": {"^x[0-9]$": SMALL},
+            "required": ["x1"],
+            "additionalProperties": False,
+            "maxProperties": 2,
+        },
+        "keys by two patterns": {
+            "type": "object",
+            "patternProperties": {"^n_[a-z]{1,3}$": SMALL, "^t_[a-z]{1,3}$": SHORT},
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 2,
+        },
+        "keys by pattern, and others": {
+            "type": "object",
+            "patternProperties": {TAG: FLAG},
+            "additionalProperties": NULL,
+            "maxProperties": 2,
+        },
+        "fields that a pattern is about": {
+            **opened({"n_a": INTEGER}, ["n_a"]),
+            "patternProperties": {"^n_": {"minimum": 0, "maximum": 9}},
+            "additionalProperties": False,
+            "maxProperties": 1,
+        },
+        "keys by pattern, none": {
+            **opened({"a": SMALL}, ["a"]),
+            "patternProperties": {"^x": False},
+            "additionalProperties": NULL,
+            "maxProperties": 2,
+        },
+        "a field that may not be": closed({"a": SMALL, "b": False}, ["a"]),
+        "needed and not described": {
+            **opened({}),
+            "additionalProperties": SMALL,
+            "required": ["x", "y"],
+            "maxProperties": 2,
+        },
+        "names with marks": closed({'quo"te': NULL, "back\\slash": NULL, "": NULL, "with space": NULL, "日本": SMALL}),
+        "names of keywords": closed({"$ref": SMALL, "type": SHORT, "not": FLAG, "properties": NULL}),
+        "its type in a list": {**closed({"a": SMALL}), "type": ["object"]},
+        "object or null": closed({"value": {**closed({"x": SMALL}), "type": ["object", "null"]}}),
+        "described": closed({"name": SHORT}, title="Person", description="Somebody", **{"$comment": "none"}),
+        "defaults and examples": closed({"size": {**SMALL, "default": 4, "examples": [1], "readOnly": True}}),
+    }
+
+
+GROUPS = (whole, numbers, texts, chosen, arrays, objects, combined, referred, drafts, tasks)
 
 
 def all_schemas() -> list[tuple[str, Schema]]:
     """By name."""
-    kinds = (scalars, texts, arrays, objects, nested, combined, tasks)
-    return [(f"{kind.__name__}: {name}", schema) for kind in kinds for name, schema in kind()]
+    return [(f"{group.__name__}: {name}", schema) for group in GROUPS for name, schema in group().items()]

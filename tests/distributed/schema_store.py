@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.schemas import Schema
+from tests.schemas_parts import Schema
 from tpctl.client.guides import check_guide
 from tpctl.errors import RequestError
 from tpctl.wire.guide import of_schema
@@ -32,9 +32,7 @@ def stored(file: Path) -> list[tuple[str, Schema]]:
                 schema = json.loads(_content(raw))
             except ValueError:
                 continue
-            if isinstance(schema, dict) and (
-                {"properties", "$ref", "anyOf", "oneOf", "allOf", "items"} & schema.keys()
-            ):
+            if isinstance(schema, dict) and _KEYWORDS & schema.keys():
                 found[json.dumps(schema, sort_keys=True)] = schema
     return [(str(schema.get("$id") or schema.get("id") or text[:40]), schema) for text, schema in sorted(found.items())]
 
@@ -50,7 +48,7 @@ def sample(schemas: list[tuple[str, Schema]], count: int, seed: int) -> list[tup
             taken.append((name, schema))
             seconds.append(time.monotonic() - begun)
         except RequestError as error:
-            refused[" ".join(str(error).removeprefix("response_format: ").split()[:4])] += 1
+            refused[" ".join(str(error).removeprefix("response_format: ").replace(",", "").split()[:3])] += 1
     print(
         f"{len(schemas)} schemas, {len(taken)} of them taken; the slowest in {max(seconds):.2f} s; others, by reason:"
     )

@@ -14,11 +14,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from jsonschema import Draft202012Validator, FormatChecker
-from jsonschema.validators import validator_for
-
 from tests.distributed.schema_store import sample, stored
-from tests.schemas import Schema, all_schemas
+from tests.schemas import all_schemas
+from tests.schemas_kinds import problem_of
+from tests.schemas_parts import Schema
 from tpctl import LLM, SamplingParams
 from tpctl.client.llm import Completion
 from tpctl.client.prepare import EngineArgs, prepare
@@ -41,16 +40,11 @@ def ask(llm: LLM, schemas: list[tuple[str, Schema]], temperature: float, most: i
 
 def wrong(schemas: list[tuple[str, Schema]], answers: list[Completion]) -> list[str]:
     """What is said of answers that ended with "stop" and are not valid."""
-    found = []
-    for (name, schema), answer in zip(schemas, answers, strict=True):
-        if answer.finish_reason != "stop":
-            continue
-        try:
-            kind = validator_for(schema, default=Draft202012Validator)
-            kind(schema, format_checker=FormatChecker()).validate(json.loads(answer.text))
-        except Exception as error:
-            found.append(f"{name}: {answer.text!r}: {error!r:.200}")
-    return found
+    return [
+        f"{name}: {answer.text!r}: {problem}"
+        for (name, schema), answer in zip(schemas, answers, strict=True)
+        if answer.finish_reason == "stop" and (problem := problem_of(schema, answer.text)) is not None
+    ]
 
 
 def mask_costs(llm: LLM, folder: Path, schemas: list[tuple[str, Schema]], answers: list[Completion]) -> list[float]:
@@ -93,10 +87,10 @@ def main() -> None:
         print(f"{len(schemas)} schemas, {tokens} tokens in {seconds:.1f} s: {dict(reasons)}")
         bad = wrong(schemas, answers)
         print(f"{len(bad)} answers that ended with stop are not valid", *bad, sep="\n")
-        costs = sorted(mask_costs(llm, folder, schemas, answers))
-        at = [costs[min(len(costs) - 1, int(len(costs) * share))] for share in (0.9, 0.99)]
+        found = sorted(mask_costs(llm, folder, schemas, answers))
+        at = [found[min(len(found) - 1, int(len(found) * share))] for share in (0.9, 0.99)]
         print(
-            f"a mask: median {statistics.median(costs):.0f} µs, 90% {at[0]:.0f}, 99% {at[1]:.0f}, most {costs[-1]:.0f}"
+            f"a mask: median {statistics.median(found):.0f} µs, 90% {at[0]:.0f}, 99% {at[1]:.0f}, most {found[-1]:.0f}"
         )
     raise SystemExit(bool(bad))
 

@@ -14,7 +14,8 @@ from jsonschema import Draft202012Validator
 from openai.types.chat import ChatCompletion
 
 from tests.distributed.schema_suite import ask, wrong
-from tests.schemas import SHORT, SMALL, all_schemas, closed, listed
+from tests.schemas import all_schemas
+from tests.schemas_parts import SHORT, SMALL, closed, listed
 from tests.unit.batch_formats_run import read_lines, write_lines
 from tpctl import LLM, SamplingParams
 from tpctl.checkpoint.sources import ResolvedSource
@@ -43,7 +44,7 @@ def test_a_sample_of_schemas(demo: ResolvedSource, tp: int, start: int) -> None:
     """All of them: ``python -m tests.distributed.schema_suite``."""
     schemas = all_schemas()
     assert len({name for name, _ in schemas}) == len(schemas) >= 200
-    some = schemas[start::32]
+    some = schemas[start::36]
     with LLM(demo.folder, tp=tp, device="cpu", max_model_len=1024, kv_cache_memory=256 << 20) as llm:
         answers = ask(llm, some, 1.0, 96)
         assert wrong(some, answers) == []

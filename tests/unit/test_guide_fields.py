@@ -122,8 +122,14 @@ def deep(depth: int) -> dict[str, Any]:
         ({"grammar": "begin: /a/"}, "grammar: "),
         ({"grammar": "start: " + "(" * 9000 + '"a"' + ")" * 9000}, "grammar: 1(37): lark grammar too deeply nested"),
         ({"response_format": of_schema({"type": "objekt"})}, "response_format: Invalid type: objekt"),
-        ({"response_format": of_schema({"unevaluatedProperties": False})}, "response_format: Unimplemented keys"),
-        ({"response_format": of_schema({"$ref": "https://example.org/x.json"})}, "response_format: Resource"),
+        (
+            {"response_format": of_schema({"unevaluatedProperties": False})},
+            "response_format: unevaluatedProperties",
+        ),
+        (
+            {"response_format": of_schema({"$ref": "https://example.org/x.json"})},
+            "response_format: $ref or $schema: ",
+        ),
         ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "response_format: "),
         ({"response_format": of_schema(deep(100))}, "response_format: recursion limit exceeded"),
         ({"response_format": of_schema({"type": "integer", "minimum": 5, "maximum": 4})}, "response_format: "),

@@ -13,7 +13,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from tests.ranks import run_ranks
-from tests.schemas import SHORT, SMALL, Schema, closed, listed
+from tests.schemas_parts import SHORT, SMALL, Schema, closed, listed
 from tests.tiny import make_checkpoint
 from tests.unit.fake_client import write_tokenizer
 from tpctl.client.tokenizer import Tokenizer

@@ -238,7 +238,7 @@ def test_whatever_a_model_prefers_it_calls_or_has_its_form(name: str, tmp_path: 
         (
             "hermes",
             {"response_format": of_schema({"type": "object", "if": {}})},
-            "response_format beside tools: Unimpl",
+            "response_format beside tools: if cannot be enforced",
         ),
         ("hermes", {"regex": "(a"}, "regex beside tools: "),
     ],

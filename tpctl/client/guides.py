@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tpctl.client.deep_threads import deep_thread, said
 from tpctl.client.reasoning import Form, Tags
 from tpctl.client.reasoning_stream import begins_in_thought
+from tpctl.client.schema_words import named, unenforced
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.harmony import messages
 from tpctl.client.tools.lark import Lark, digits
@@ -139,15 +140,27 @@ def _problem(guide: Guide) -> str | None:
     return problem
 
 
+def _unenforced(guide: Guide) -> str | None:
+    """What of a strict schema would not be held to."""
+    if guide.kind != "json" or guide.lenient:
+        return None
+    try:
+        return unenforced(json.loads(guide.text))
+    except RecursionError:
+        return None  # llguidance says how deep it may be
+
+
 def _tried(guide: Guide) -> str | None:
     from_thread: Future[str | None] = Future()
 
     def work() -> None:
         try:
-            from llguidance import LLMatcher
+            if (problem := _unenforced(guide)) is None:
+                from llguidance import LLMatcher
 
-            failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(guide), limits=parser_limits())
-            from_thread.set_result(said(messages[0]) if failed else None)
+                failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(guide), limits=parser_limits())
+                problem = said(messages[0] if guide.kind == "regex" else named(messages[0])) if failed else None
+            from_thread.set_result(problem)
         except RequestError as error:  # told as it is
             from_thread.set_exception(error)
         except BaseException as error:  # a panic of the library is no Exception

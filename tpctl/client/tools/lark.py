@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tpctl.client.schema_words import unenforced
 from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 
@@ -79,7 +80,13 @@ class Lark:
         return self._rule("upto", rf"/(?s:.*){_escaped(before + mark)}/", "[lazy]")
 
     def json(self, schema: Mapping[str, Any], *, strict: bool = True) -> str:
-        """A rule for JSON of a schema; unless it is ``strict`` what cannot be enforced is left out of account."""
+        """A rule for JSON of a schema; unless it is ``strict`` what cannot be enforced is left out of account.
+
+        Raises:
+            RequestError: it is strict and has what cannot be.
+        """
+        if strict and (problem := unenforced(schema)) is not None:
+            raise RequestError(problem)
         options = {"whitespace_pattern": self._whitespace, **({} if strict else {"lenient": True})}
         return self._rule("json", f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}")
 
