@@ -6,37 +6,28 @@ items and states of the parser.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-from tpctl.client.deep_threads import deep_thread, said
+from tpctl.client.grammar_process import GrammarProcesses
+from tpctl.client.grammar_text import WHITESPACE, check_installed
 from tpctl.client.reasoning import Form, Tags
 from tpctl.client.reasoning_stream import begins_in_thought
-from tpctl.client.schema_words import named, unenforced
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.harmony import messages
-from tpctl.client.tools.lark import Lark, digits
+from tpctl.client.tools.lark import Lark
 from tpctl.errors import RequestError
 from tpctl.wire.guide import BESIDE_TOOLS, Guide
 from tpctl.wire.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from llguidance import LLParserLimits
-
-WHITESPACE = r"( |\n[ \t]{0,40})"
-"""Between the parts of JSON, none or this. Small models that may go on with it for ever do."""
-
 
 _KEPT = 1024
 _known: OrderedDict[bytes, str | None] = OrderedDict()
 """Why grammars are not taken, by a digest: their texts have up to 256 KiB each."""
 _lock = threading.Lock()
+_processes = GrammarProcesses()
 
 
 def check_guide(guide: Guide | None) -> None:
@@ -92,39 +83,6 @@ def called(sampling: SamplingParams, names: Mapping[str, str]) -> SamplingParams
     return sampling if field not in names else replace(sampling, guide_name=names[field] + beside)
 
 
-def grammar_text(guide: Guide) -> str:
-    """A grammar in the form that llguidance's classes take.
-
-    Raises:
-        RequestError: it is not installed, or takes no such schema.
-    """
-    try:
-        from llguidance import LLMatcher
-    except ImportError:
-        raise RequestError(
-            f"{guide.name} needs the llguidance package; install it: pip install 'tpctl[guided]'"
-        ) from None
-    if guide.kind == "json":
-        options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if guide.lenient else {})}
-        try:
-            return LLMatcher.grammar_from_json_schema(guide.text, overrides=options)  # type: ignore[arg-type]
-        except ValueError as error:  # nested too deeply
-            raise RequestError(f"{guide.name}: {said(str(error))}") from None
-    if guide.kind == "regex":
-        return LLMatcher.grammar_from_lark(f"start: /{digits(guide.text)}/")
-    if guide.kind == "choice":
-        texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(guide.text))
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
-    return LLMatcher.grammar_from_lark(guide.text)
-
-
-def parser_limits() -> LLParserLimits:
-    """What a grammar may take: some 100 MB and, at a step, some tens of milliseconds, at most."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-
-
 def _problem(guide: Guide) -> str | None:
     """Why a grammar is not taken; ``None``: it is. Lines of a batch mostly have the same."""
     key = blake2b(f"{guide.kind} {guide.lenient} {guide.text}".encode(), digest_size=16).digest()
@@ -140,31 +98,7 @@ def _problem(guide: Guide) -> str | None:
     return problem
 
 
-def _unenforced(guide: Guide) -> str | None:
-    """What of a strict schema would not be held to."""
-    if guide.kind != "json" or guide.lenient:
-        return None
-    try:
-        return unenforced(json.loads(guide.text))
-    except RecursionError:
-        return None  # llguidance says how deep it may be
-
-
 def _tried(guide: Guide) -> str | None:
-    from_thread: Future[str | None] = Future()
-
-    def work() -> None:
-        try:
-            if (problem := _unenforced(guide)) is None:
-                from llguidance import LLMatcher
-
-                failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(guide), limits=parser_limits())
-                problem = said(messages[0] if guide.kind == "regex" else named(messages[0])) if failed else None
-            from_thread.set_result(problem)
-        except RequestError as error:  # told as it is
-            from_thread.set_exception(error)
-        except BaseException as error:  # a panic of the library is no Exception
-            from_thread.set_result(said(f"{type(error).__name__}: {error}"))
-
-    deep_thread(work, "tpctl-grammar")
-    return from_thread.result()
+    """By a process, which its grammar may end."""
+    check_installed(guide)
+    return _processes.problem(guide)

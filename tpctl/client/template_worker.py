@@ -174,14 +174,15 @@ def frame(value: Mapping[str, Any]) -> bytes:
     return SIZE.pack(len(body)) + body
 
 
-def _limit_memory() -> None:
+def limit_memory(more: int) -> None:
+    """To so many bytes of addresses beside those that this process has."""
     import resource
 
     try:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError):
         used = 1 << 30  # no Linux
-    for kind, size in ((resource.RLIMIT_AS, used + MEMORY), (resource.RLIMIT_CORE, 0)):
+    for kind, size in ((resource.RLIMIT_AS, used + more), (resource.RLIMIT_CORE, 0)):
         _, most = resource.getrlimit(kind)
         wanted = size if most == resource.RLIM_INFINITY else min(size, most)
         try:
@@ -197,7 +198,7 @@ def main() -> None:
     worker = Worker()
     worker.answer({"compile": "{{ messages | trim }}"})  # imports what compiling needs
     worker.answer({"render": {}, "each": [{"messages": ""}]})
-    _limit_memory()
+    limit_memory(MEMORY)
     try:
         _serve(worker, requests, answers)
     except MemoryError:

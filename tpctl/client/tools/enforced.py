@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpctl.client.guides import WHITESPACE, check_guide, guided, with_grammar
+from tpctl.client.grammar_text import WHITESPACE
+from tpctl.client.guides import check_guide, guided, with_grammar
 from tpctl.client.reasoning import Form, Harmony
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, ToolsError

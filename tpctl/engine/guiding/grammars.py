@@ -54,7 +54,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        from tpctl.client.guides import grammar_text, parser_limits
+        from tpctl.client.grammar_text import grammar_text, parser_limits
 
         text = grammar_text(guide)
         with self._making:

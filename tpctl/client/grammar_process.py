@@ -1,0 +1,122 @@
+"""The command's end of the processes in which grammars are tried."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from tpctl.children import python_environment
+from tpctl.client.grammar_worker import MEMORY, SECONDS
+from tpctl.client.template_worker import NO_MEMORY, frame, receive
+from tpctl.errors import BusyError, RequestError
+from tpctl.wire.guide import Guide
+
+_MOST = 4  # processes, some 30 MB each
+_PATIENCE = 60.0  # seconds beyond a grammar's own: for the start, and for a machine that is busy
+_WAIT = 30.0  # seconds that somebody waits for others' grammars
+
+_TOO_LONG = f"it takes more than {SECONDS:.0f} s to compile, which is as much as it may; make it simpler"
+_TOO_LARGE = f"it takes more than {MEMORY >> 20} MiB to compile, which is as much as it may; make it simpler"
+
+
+class GrammarProcesses:
+    """Processes, started when they are needed and again after a grammar has ended one. For several threads, and for
+    children of this process, which have their own."""
+
+    def __init__(self, most: int = _MOST, wait: float = _WAIT) -> None:
+        self._most, self._wait = most, wait
+        self._reset()
+
+    def _reset(self) -> None:
+        self._owner = os.getpid()
+        self._room = threading.BoundedSemaphore(self._most)
+        self._free: list[subprocess.Popen[bytes]] = []
+
+    def problem(self, guide: Guide) -> str | None:
+        """Why llguidance does not take a grammar; ``None``: it does.
+
+        Raises:
+            RequestError: that is not for a grammar to say.
+            BusyError: all processes are at work for others.
+        """
+        if self._owner != os.getpid():
+            self._reset()
+        if not self._room.acquire(timeout=self._wait):
+            raise BusyError(f"grammars of others have been compiled for {self._wait:.0f} s; try again later")
+        try:
+            try:
+                process = self._free.pop()
+            except IndexError:
+                process = _start(guide)
+            found = _asked(process, guide)
+            if found is not None and not found.get("worn"):
+                self._free.append(process)
+            else:
+                problem = _end(process) if found is None else None
+                _close(process)
+                found = found or {"problem": problem}
+        finally:
+            self._room.release()
+        if "refused" in found:
+            raise RequestError(found["refused"])
+        problem = found["problem"]
+        assert problem is None or isinstance(problem, str)
+        return problem
+
+
+def _start(guide: Guide) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tpctl.client.grammar_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=python_environment(os.environ),
+            start_new_session=True,  # Ctrl-C at the terminal is for the command
+        )
+    except OSError as error:
+        raise RequestError(f"{guide.name}: cannot start {sys.executable} for it: {error.strerror}") from None
+
+
+def _asked(process: subprocess.Popen[bytes], guide: Guide) -> dict[str, Any] | None:
+    """The worker's answer; ``None``: it has ended, or says nothing, or whoever asked was interrupted."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(frame(guide._asdict()))
+            process.stdin.flush()
+            if select.select([process.stdout], [], [], SECONDS + _PATIENCE)[0]:
+                return receive(process.stdout)
+    except BaseException:
+        _close(process)
+        raise
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> str:
+    """What a process that has said nothing would have."""
+    try:
+        code = process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return _TOO_LONG
+    if code == -signal.SIGPROF:
+        return _TOO_LONG
+    if code in (-signal.SIGABRT, -signal.SIGKILL, NO_MEMORY):  # Rust ends so without memory; the kernel, by the second
+        return _TOO_LARGE
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the process that compiled it ended ({how})"
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):  # what it was not told any more stands in the buffer
+                stream.close()
