@@ -15,7 +15,7 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tpctl.client.batch import CHOICES_APART
-from tpctl.client.openai_answers import text_logprobs
+from tpctl.client.openai_answers import completed, text_logprobs
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve.generation import Generation
 
@@ -278,10 +278,19 @@ def test_each_likeliest_token_of_a_text_has_a_name() -> None:
     """Parts of characters have no text, and others the same."""
     one = {"id": 7, "token": "", "logprob": -3.0}
     top = [{"id": id, "token": text, "logprob": -0.5 * id} for id, text in ((1, "a"), (2, ""), (3, "a"), (4, ""))]
-    (found,) = text_logprobs([{**one, "top": top}])["top_logprobs"]
+    (found,) = text_logprobs([{**one, "top": top}], [0])["top_logprobs"]
     assert found == {"a": -0.5, "token_id:2": -1.0, "token_id:3": -1.5, "token_id:4": -2.0, "": -3.0}
-    (found,) = text_logprobs([{**top[2], "top": top}])["top_logprobs"]
+    (found,) = text_logprobs([{**top[2], "top": top}], [0])["top_logprobs"]
     assert found == {"token_id:1": -0.5, "token_id:2": -1.0, "a": -1.5, "token_id:4": -2.0}
+
+
+def test_tokens_that_a_text_leaves_out_take_no_room_in_it() -> None:
+    tokens = [
+        {"id": id, "token": token, "logprob": -1.0, "top": []} for id, token in enumerate(["a", "</s>", "bc", "d"])
+    ]
+    for text, places in (("abcd", [0, 1, 1, 3]), ("ab", [0, 1, 1, 3]), ("abc", [0, 1, 1, 3])):
+        found = completed(0, {"text": text, "finish_reason": "stop", "logprobs": tokens})
+        assert found["logprobs"]["text_offset"] == places
 
 
 def test_a_form_reaches_the_engine(tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
+from tests.unit.made_tokenizers import NAMED, make
 from tests.unit.running import until
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, HELLO, TEXT, events
@@ -154,3 +156,20 @@ def test_a_stream_with_calls_comes_to_the_whole_answer(calling: Tokenizer, path:
             compare(client, path, {**prompts[path], **drawn(draw, path, 400, len(part))})
         until(lambda: not server.engines[0].open)
         assert not server.notes
+
+
+def test_offsets_are_those_of_the_text_that_is_returned(tmp_path: Path) -> None:
+    """Whatever control tokens there are that it does not hold: before a prompt, or in the midst of an answer."""
+    tokenizer = Tokenizer(make(tmp_path / "model", NAMED, adds_bos=True))
+    prompts: list[Any] = ["abé", "<s>a</s>b", tokenizer.encode("</s>cd"), tokenizer.encode_rendered("e")]
+    with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "x</s>y<|im_end|>é!")) as (client, _):
+        for body in ({"echo": True}, {"echo": True, "n": 2, "stop": "é"}, {}, {"echo": True, "max_tokens": 0}):
+            asked = {"prompt": prompts, "logprobs": 0, "max_tokens": 20, **body}
+            compare(client, TEXT, asked)
+            for choice in client.post(TEXT, json=asked).json()["choices"]:
+                text, told = choice["text"], choice["logprobs"]
+                assert not told["tokens"] or told["tokens"][0] in ("<s>", "e", "x")
+                for token, at in zip(told["tokens"], told["text_offset"], strict=True):
+                    left_out = token in tokenizer.special_tokens.values() or token == "<|im_end|>"
+                    assert text[at:].startswith(token) or left_out or at >= len(text), (token, at, text)
+                assert told["text_offset"] == sorted(told["text_offset"])

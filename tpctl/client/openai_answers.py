@@ -1,7 +1,7 @@
 """Answers in OpenAI's form, as its client's types describe it: of lines in a batch, and of requests to a server.
 
 A choice is what ``client.batch`` makes of an answer: ``text``, ``finish_reason`` and, where there are any,
-``reasoning``, ``tool_calls``, ``logprobs`` and ``prompt_logprobs``.
+``reasoning``, ``tool_calls``, ``logprobs`` and ``prompt_logprobs``; beside ``logprobs`` there may be ``text_offset``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def message(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
     """One answer to a text."""
-    logprobs = text_logprobs(choice["logprobs"]) if "logprobs" in choice else None
+    logprobs = None
+    if "logprobs" in choice:
+        offsets = choice.get("text_offset")
+        found = choice["logprobs"]
+        logprobs = text_logprobs(found, _places(found, choice["text"]) if offsets is None else offsets)
     said = {"index": at, "text": choice["text"], "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
     if "prompt_logprobs" in choice:
         said["prompt_logprobs"] = prompt_logprobs(choice["prompt_logprobs"])
@@ -87,18 +91,26 @@ def response_logprobs(tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return each
 
 
-def text_logprobs(tokens: Sequence[Mapping[str, Any]], place: int = 0) -> dict[str, Any]:
-    """Of a text's tokens; ``place``: characters before the first of them."""
-    offsets = []
-    for one in tokens:
-        offsets.append(place)
-        place += len(one["token"])
+def text_logprobs(tokens: Sequence[Mapping[str, Any]], offsets: Sequence[int]) -> dict[str, Any]:
+    """Of a text's tokens; ``offsets``: at which character of the text each begins."""
     return {
         "tokens": [one["token"] for one in tokens],
         "token_logprobs": [one["logprob"] for one in tokens],
         "top_logprobs": [_by_text(one) for one in tokens],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
+
+
+def _places(tokens: Sequence[Mapping[str, Any]], text: str) -> list[int]:
+    """Where the tokens of a text begin in it. One that the text leaves out, a control token, takes no room there; those
+    that a stop text ended it before begin where they would."""
+    found, place = [], 0
+    for one in tokens:
+        token: str = one["token"]
+        found.append(place)
+        if text.startswith(token, place) or (len(text) - place < len(token) and token.startswith(text[place:])):
+            place += len(token)
+    return found
 
 
 def _by_text(one: Mapping[str, Any]) -> dict[str, float]:

@@ -39,7 +39,9 @@ class TextWriter(ChunkWriter):
         self._scored = scored  # as the usage has it, which is told while the rest is set
         super().__init__(*rest)
         self._told, self._echoed = told
-        self._places = [0] * len(self._streams)  # characters of the tokens so far
+        self._silent = self._tokenizer.special_ids  # which an answer's text leaves out
+        before = [0] * len(self._jobs) if echo is None else list(map(len, echo))
+        self._places = [before[at // self._each] for at in range(len(self._streams))]  # characters so far
         self._begun: set[int] = set()  # answers whose prompt has been told, with its log-probabilities
         self._early: list[Piece] = []  # of answers whose prompt's are not all there
 
@@ -80,10 +82,12 @@ class TextWriter(ChunkWriter):
         if self._echo is not None and self._echoed is not None and piece.at not in self._begun:
             self._begun.add(piece.at)
             job = self._jobs[piece.at // self._each]
-            told = encode(self._logprobs(self._prompt(job, self._echoed), piece))
-            text = b'"text":' + encode(self._echo[piece.at // self._each])
-            said = b',"logprobs":' + told + b',"finish_reason":null}'
-            begun.append(self._heads[piece.at] + text + said + self._closed())
+            said = self._echo[piece.at // self._each]
+            rows = self._prompt(job, self._echoed)
+            told = encode(text_logprobs(rows, self._offsets(rows, 0, said)[:-1]))
+            text = b'"text":' + encode(said)
+            more = b',"logprobs":' + told + b',"finish_reason":null}'
+            begun.append(self._heads[piece.at] + text + more + self._closed())
         return begun + super()._full(piece)
 
     def _deltas(self, piece: Piece) -> list[bytes]:
@@ -93,18 +97,38 @@ class TextWriter(ChunkWriter):
         return b'"text":""'
 
     def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
-        place = self._places[piece.at]
-        self._places[piece.at] += sum(len(token["token"]) for token in tokens)
-        return text_logprobs(tokens, place)
+        offsets = self._offsets(tokens, self._places[piece.at])
+        self._places[piece.at] = offsets.pop()
+        return text_logprobs(tokens, offsets)
+
+    def _offsets(self, tokens: Sequence[dict[str, Any]], place: int, text: str = "") -> list[int]:
+        """Where tokens begin in the text that is returned, and where the last one ends.
+
+        A control token, which an answer's text leaves out and which the tokenizer puts before a prompt, takes no room
+        there, unless it stands in ``text``, the prompt as it was given.
+        """
+        found = [place]
+        for token in tokens:
+            said: str = token["token"]
+            if token["id"] not in self._silent or text.startswith(said, place):
+                place += len(said)
+            found.append(place)
+        return found
 
     def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
         found = super()._choice(at, stream, job)
         if self._scored:
             found |= {"text": "", "finish_reason": "length", **({"logprobs": []} if "logprobs" in found else {})}
+        before, rows, offsets = "", [], []
         if self._echo is not None:
-            found["text"] = self._echo[at // self._each] + found["text"]
+            before = self._echo[at // self._each]
+            found["text"] = before + found["text"]
             if self._echoed is not None:
-                found["logprobs"] = [*self._prompt(job, self._echoed), *found["logprobs"]]
+                rows = self._prompt(job, self._echoed)
+                offsets = self._offsets(rows, 0, before)[:-1]
+        if "logprobs" in found:
+            found["text_offset"] = [*offsets, *self._offsets(found["logprobs"], len(before))[:-1]]
+            found["logprobs"] = [*rows, *found["logprobs"]]
         return found
 
 
