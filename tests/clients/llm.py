@@ -65,8 +65,11 @@ def check(client: Client, url: str) -> None:
     expect(one == again, "options, and a seed", one, again)
     logged = json.loads(llm("logs", "-n", "1", "--json"))[0]
     expect(logged["output_tokens"] == 20, "the usage that a stream tells", logged)
-    llm("-m", "chat", "What is the capital of France?", "--functions", "tool.py", "-o", "max_tokens", "20")
-    expect(True, "tools are offered")
+    sizes = []
+    for offered in ((), ("--functions", "tool.py")):
+        llm("-m", "chat", "What is the capital of France?", *offered, "-o", "max_tokens", "20")
+        sizes.append(json.loads(llm("logs", "-n", "1", "--json"))[0]["input_tokens"])
+    expect(sizes[0] + 20 < sizes[1], "tools are offered, and are in the prompt", sizes)
     continued = llm("-c", "And of Italy?", "-o", "max_tokens", "10")
     expect(bool(continued), "a conversation goes on", continued)
 

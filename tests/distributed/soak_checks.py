@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,10 +30,41 @@ def check(right: bool, said: str) -> None:
 
 
 def is_whole(raw: bytes, tokens: int) -> bool:
-    """Whether a stream came to its end with all tokens. Not each has a chunk: an end-of-sequence token has no text, nor
-    has a part of a character."""
-    marks = (b"HTTP/1.1 200", b'"finish_reason":"length"', b'"completion_tokens":%d,' % tokens, b"data: [DONE]")
-    return all(mark in raw for mark in marks) and b'{"error":' not in raw
+    """Whether a response in chunks, up to the end of its connection, is one stream of one answer that came to its end:
+    each event is whole and of that answer, one says why it ended and has no text behind it, the last but one counts all
+    tokens, and nothing is behind the last. Not each token has a chunk: an end-of-sequence token has no text, nor has a
+    part of a character."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    try:
+        *events, done, rest = _unchunked(body).decode().split("\n\n")
+        found = [json.loads(event.removeprefix("data: ")) for event in events]
+        *chunks, last = found
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        right = (
+            head.startswith(b"HTTP/1.1 200 ") and (done, rest) == ("data: [DONE]", ""),
+            len({one["id"] for one in found}) == 1 and not any("error" in one for one in found),
+            [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"],
+            any(choice["text"] for choice in choices) and last["choices"] == [],
+            last["usage"]["completion_tokens"] == tokens,
+        )
+    except (ValueError, KeyError, TypeError):  # what is half there, or of another form
+        return False
+    return all(right)
+
+
+def _unchunked(body: bytes) -> bytes:
+    """What chunks hold (RFC 9112, 7.1). Raises ``ValueError``: there is no last one, or more behind it."""
+    found, at, size = [], 0, -1
+    while size:
+        end = body.index(b"\r\n", at)
+        size = int(body[at:end], 16)
+        found.append(body[end + 2 : end + 2 + size])
+        at = end + 4 + size
+        if body[at - 2 : at] != b"\r\n":
+            raise ValueError("a chunk is cut off")
+    if at != len(body):
+        raise ValueError("there is something behind the last chunk")
+    return b"".join(found)
 
 
 def check_start(pairs: Sequence[tuple[float, float]]) -> str:
@@ -48,7 +80,7 @@ def growth(rounds: Sequence[Mapping[int, int]], more: Mapping[int, int]) -> str:
 
     Args:
         rounds: bytes of each process by its id, after each round.
-        more: bytes by which some may grow besides.
+        more: bytes by which some may grow besides, in all.
     """
     if len(rounds) < 1 + 2 * LOOKS:
         return f"{len(rounds)} rounds are too few to tell"
@@ -59,7 +91,8 @@ def growth(rounds: Sequence[Mapping[int, int]], more: Mapping[int, int]) -> str:
     for pid in first:
         before = min(one[pid] for one in rounds[-2 * LOOKS : -LOOKS])
         now = min(one[pid] for one in rounds[-LOOKS:])
-        if now > 1.02 * before + (4 << 20) + more.get(pid, 0):
+        left = max(0, more.get(pid, 0) - max(0, before - first[pid]))
+        if now > 1.02 * before + (4 << 20) + left:
             return f"{pid} grew from {before} to {now} bytes within {LOOKS} rounds"
     return ""
 
@@ -82,15 +115,13 @@ class Memory:
         return f"server {own} MB, others {' '.join(sorted(others, key=float, reverse=True))}"
 
     def steady(self) -> bool:
-        """Whether there were rounds enough to say that nothing grows."""
-        return not self._growth()
+        """Whether there were rounds enough to say that nothing grows, a rank's KV cache included."""
+        return not growth(self._rounds, {})
 
     def check(self) -> None:
-        """End if something still grows."""
-        check(not (said := self._growth()), said)
-
-    def _growth(self) -> str:
-        return growth(self._rounds, dict.fromkeys(self._server.workers(), self._cache))
+        """End if something still grows, and be it a rank that has grown by more than its KV cache."""
+        said = growth(self._rounds, dict.fromkeys(self._server.workers(), self._cache))
+        check(not said, said)
 
 
 def children(server: ServerProcess) -> list[int]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
+from tests.distributed.serve_soak import request
 from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth, is_whole
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.running import everything, running, talkative
+from tpctl.client.tokenizer import Tokenizer
 
 LEAST = 1 + 2 * LOOKS
 LEAK = (0.02 * 150e6 + (4 << 20)) / LOOKS * 1.1
@@ -56,12 +61,52 @@ def test_a_start_that_is_later_than_that_of_chat_is_told() -> None:
         check_start([(5.0, 5.1), (9.0, 5.2), (5.8, 5.3)])
 
 
+def test_a_rank_that_grows_by_more_than_its_cache_is_told() -> None:
+    """Its cache counts once, and not anew in every few rounds."""
+    leak = [1e9 + 30e6 * at for at in range(MOST_ROUNDS)]
+    assert told(leak, 100 << 20).startswith("9 grew from ") and not told(leak[:LEAST], 100 << 20)
+    touched = [1e9 + min(30e6 * at, 100e6) for at in range(MOST_ROUNDS)]
+    assert not told(touched, 100 << 20)
+
+
+EVENT = b'data: {"id":"%s","choices":[{"text":"%s","finish_reason":%s}]}\n\n'
+USAGE = b'data: {"id":"a","choices":[],"usage":{"completion_tokens":32,"total_tokens":38}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def response(*events: bytes, status: bytes = b"200 OK") -> bytes:
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in (*events, b""))
+    return b"HTTP/1.1 " + status + b"\r\ntransfer-encoding: chunked\r\n\r\n" + chunks
+
+
 def test_a_stream_is_whole_by_its_tokens_and_not_by_its_chunks() -> None:
-    head = b"HTTP/1.1 200 OK\r\n\r\n"
-    said = b'data: {"choices":[{"text":"{\\"error\\": 1}"}]}\n\n'
-    said += b'data: {"choices":[{"text":"","finish_reason":"length"}]}\n\n'
-    end = b'data: {"choices":[],"usage":{"completion_tokens":32,"total_tokens":38}}\n\ndata: [DONE]\n\n'
-    whole = head + said + end
+    said, last = EVENT % (b"a", b'{\\"error\\": 1}', b"null"), EVENT % (b"a", b"", b'"length"')
+    whole = response(said, said, last, USAGE, DONE)
     assert is_whole(whole, 32) and not is_whole(whole, 31)
-    assert not is_whole(head + said + b'data: {"error":{"message":"it broke"}}\n\n' + end, 32)
-    assert not is_whole(head + said, 32) and not is_whole(head + end, 32)
+    assert is_whole(response(said + said[:9], said[9:] + last + USAGE + DONE), 32)  # wherever chunks end
+    for broken in (
+        (said, b'data: {"error":{"message":"it broke"}}\n\n', last, USAGE, DONE),
+        (said, last),
+        (USAGE, DONE),
+        (last, USAGE, DONE),  # no text
+        (said, last, said, USAGE, DONE),
+        (said, last, last, USAGE, DONE),
+        (said, last, DONE, USAGE),
+        (said, last, USAGE, DONE, said),
+        (said, EVENT % (b"b", b"x", b"null"), last, USAGE, DONE),  # another's
+        (said, said[:-9], last, USAGE, DONE),
+        (said, EVENT % (b"a", b"", b'"stop"'), USAGE, DONE),
+    ):
+        assert not is_whole(response(*broken), 32), broken
+    assert not is_whole(response(said, last, USAGE, DONE, status=b"500 Internal Server Error"), 32)
+    assert not any(is_whole(whole[:end], 32) for end in range(len(whole)))
+    assert not is_whole(whole + b"\r\n", 32)
+
+
+def test_what_a_server_says_is_whole(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    asked = {"prompt": "ab", "max_tokens": 32, "stream": True, "stream_options": {"include_usage": True}}
+    with running(tokenizer, talkative(tokenizer)) as server, server.connect() as sock:
+        sock.sendall(request(asked))
+        told = everything(sock)
+    assert is_whole(told, 32) and not is_whole(told, 31)

@@ -141,7 +141,11 @@ class LoadOptions:
     """How requests come."""
 
     rate: Annotated[
-        str, typer.Option(metavar="R,...", help="Requests a second, one run each, e.g. 1,2,4,inf; inf: all at once.")
+        str,
+        typer.Option(
+            metavar="R,...",
+            help="Requests a second on the average of a run, one run each, e.g. 1,2,4,inf; inf: all at once.",
+        ),
     ] = "inf"
     burstiness: Annotated[
         float, typer.Option(help="1: a Poisson process; below: in bursts; above: evener; inf: evenly.")
