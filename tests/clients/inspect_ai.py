@@ -116,7 +116,7 @@ def check(client: Client, url: str, provider: str) -> None:
         two = one["choices"]
         expect(len(two) == 2 and all(choice["logprobs"]["content"] for choice in two), f"{provider}: every option", one)
         expect(bool(two[0]["prompt_logprobs"]["content"]), f"{provider}: the prompt's log-probabilities", one)
-        break
+    expect(len(found) == 8, f"{provider}: of 8 chats", found)
 
 
 def evaluate(
