@@ -32,7 +32,7 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SMALL_STATES) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     "qwen2_moe": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
 }
-TIMES = {"ministral3-window": 1.7}
+TIMES = {"ministral3-window": 1.7, "qwen3_next": 1.6, "qwen3_5_text": 1.6, "qwen3_5_moe_text": 1.6}
 """Of the smallest cache that a tight one has, where twice as much would hold all windows at once."""
 LONGEST = max(map(len, PROMPTS)) + TOKENS
 

@@ -88,6 +88,16 @@ FLOATS = {"gpt_oss": ("mlp.experts",)}
 """What is left as floats beside ``FEW``: stacks whose only other form is MXFP4."""
 
 
+def exactly(model: Any, prompts: Tensor) -> Tensor:
+    """Transformers' logits in float64: a gated delta net can make more of its float32 rounding than is allowed here."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"  # products that know float64
+    with torch.no_grad():
+        logits: Tensor = model.double()(prompts).logits
+    return logits.float()
+
+
 def made(name: str, packing: str, folder: Path) -> tuple[Quantised, Any]:
     """A checkpoint, and transformers' model with the numbers that its codes stand for."""
     import transformers
@@ -144,8 +154,7 @@ def test_logits_equal_those_of_the_numbers(name: str, packing: str, tp_size: int
     checkpoint, model = made(name, packing, tmp_path)
     checkpoint.save(tmp_path / "model")
     prompts = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = model(prompts).logits
+    expected = exactly(model, prompts)
     try:
         shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
     except PartitionError as error:
