@@ -351,8 +351,8 @@ def test_answers_are_made_json_by_no_thread_that_reads_prompts(tokenizer: Tokeni
             seen.append(threading.current_thread().name.rpartition("_")[0])
             return encode(value)
 
-        for module in (answered, tokens):
-            patch.setattr(module, "encode", noted)
+        patch.setattr(answered, "encode_pieces", noted)
+        patch.setattr(tokens, "encode", noted)
         assert client.post(TEXT, json={"prompt": "ab"}).status_code == 200
         assert client.post("/tokenize", json={"prompt": "ab"}).json()["count"] == 2
         assert client.post("/detokenize", json={"tokens": [5]}).status_code == 200

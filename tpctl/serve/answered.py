@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Gone, Piece
+from tpctl.serve.json_pieces import encode_pieces
 from tpctl.serve.straight import straight
 
 encode = msgspec.json.encode
@@ -90,7 +91,7 @@ class Answered:
             await self._generation.finish()
         except ApiError as error:
             return await refused(self._broken(error, scope), send, self._named)
-        body = await self._run(lambda: encode(self._writer.whole()))
+        body = await self._run(lambda: encode_pieces(self._writer.whole()))
         return await say(200, [*JSON, *self._named], body, send)
 
     async def _events(self, scope: Scope, send: Send) -> None:

@@ -17,6 +17,7 @@ from tpctl.client.turns import Part
 from tpctl.serve.answered import encode
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
+from tpctl.serve.json_pieces import encode_pieces
 from tpctl.serve.pool import Job
 from tpctl.serve.response_asked import ResponseAsked
 from tpctl.serve.writers import many_logprobs
@@ -280,5 +281,6 @@ class ResponseWriter:
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
-        data = encode({"type": kind, "sequence_number": number, **fields})
+        said = {"type": kind, "sequence_number": number, **fields}
+        data = encode(said) if self._length < SLOW else encode_pieces(said)
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"

@@ -9,6 +9,7 @@ from tpctl.client.openai_answers import text_logprobs
 from tpctl.client.text_stream import TextStream
 from tpctl.serve.answered import encode
 from tpctl.serve.generation import Piece
+from tpctl.serve.json_pieces import encode_pieces
 from tpctl.serve.pool import Job
 from tpctl.serve.writers import ChunkWriter
 
@@ -84,7 +85,7 @@ class TextWriter(ChunkWriter):
             job = self._jobs[piece.at // self._each]
             said = self._echo[piece.at // self._each]
             rows = self._prompt(job, self._echoed)
-            told = encode(text_logprobs(rows, self._offsets(rows, 0, said)[:-1]))
+            told = encode_pieces(text_logprobs(rows, self._offsets(rows, 0, said)[:-1]), within=0)
             text = b'"text":' + encode(said)
             more = b',"logprobs":' + told + b',"finish_reason":null}'
             begun.append(self._heads[piece.at] + text + more + self._closed())

@@ -18,12 +18,17 @@ from tpctl.serve.answered import encode
 from tpctl.serve.asked import Streaming
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
+from tpctl.serve.json_pieces import encode_pieces
 from tpctl.serve.pool import Job
 
 DONE = b"data: [DONE]\n\n"
 
 MANY = 2048
 """Log-probabilities, of tokens and the likeliest beside them, which a thread tells if more come together: 3 us each."""
+
+
+MANY_TOKENS = 64
+"""Of a chunk, whose log-probabilities are encoded piece by piece."""
 
 
 class ChunkWriter(ABC):
@@ -130,7 +135,8 @@ class ChunkWriter(ABC):
         """Chunks with log-probabilities of their tokens or the usage so far."""
         logprobs = b"null"
         if self._wants_logprobs and piece.tokens:
-            logprobs = encode(self._logprobs(self._described(piece.at, piece.first, piece.tokens), piece))
+            told = self._logprobs(self._described(piece.at, piece.first, piece.tokens), piece)
+            logprobs = encode(told) if piece.tokens <= MANY_TOKENS else encode_pieces(told, within=0)
         deltas = self._deltas(piece) or ([self._last()] if logprobs != b"null" else [])
         found = []
         for delta in deltas:
