@@ -30,6 +30,9 @@ _REQUEST, _ANSWER = 16 << 10, 8 << 10
 _PROMPT_TOKEN = 42
 """An id in a list. The engine has one for each answer."""
 
+_BIAS = 160
+"""A token of ``logit_bias``."""
+
 _TOKEN, UNTOLD = 100, 260
 """A token of an answer: its id and text; and as long as it has not been told in a stream, its ``Piece``."""
 
@@ -136,10 +139,13 @@ class Holding:
 
 
 def prompt_size(num_tokens: int, sampling: Sequence[SamplingParams]) -> int:
-    """Bytes that a prompt takes, with what answers have in common; ``sampling``: one for each."""
-    asked, answers = sampling[0].prompt_logprobs, len(sampling)
-    told = 0 if asked is None else _ROW + _ROW_LIKELIEST * asked
-    return num_tokens * (_PROMPT_TOKEN * (1 + answers) + told * answers) + _ANSWER * answers
+    """Bytes that a prompt takes, with what answers have in common; ``sampling``: one for each. An engine is sent
+    that for each of them."""
+    one, answers = sampling[0], len(sampling)
+    told = 0 if one.prompt_logprobs is None else _ROW + _ROW_LIKELIEST * one.prompt_logprobs
+    form = 0 if one.guide is None else 2 * len(one.guide.text)
+    sent = num_tokens * _PROMPT_TOKEN + _BIAS * len(one.logit_bias) + form
+    return sent * (1 + answers) + (num_tokens * told + _ANSWER) * answers
 
 
 def token_size(sampling: SamplingParams, *, rows: bool) -> int:
