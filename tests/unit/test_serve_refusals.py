@@ -19,6 +19,7 @@ from tests.unit.test_serve import CHAT, HELLO, TEXT, chat
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.wire.guide import of_schema
 from tpctl.wire.messages import Output
 
 
@@ -101,6 +102,18 @@ def error(response: Any, status: int) -> ErrorObject:
             chat(response_format={"type": "json"}),
             "response_format",
             'response_format: type is "json"',
+        ),
+        (
+            CHAT,
+            chat(response_format=of_schema({"properties": {"a": {"type": "array", "uniqueItems": True}}})),
+            "response_format",
+            'response_format: uniqueItems cannot be enforced; leave out, or say "strict": false (at "#/properties/a")',
+        ),
+        (
+            TEXT,
+            {"prompt": "a", "guided_json": {"type": "string", "maxlength": 3}},
+            "guided_json",
+            'guided_json: "maxlength" is no keyword and would ask for nothing; is maxLength meant? (at "#")',
         ),
         (CHAT, chat(regex="(a"), "regex", "regex: "),
         (CHAT, chat(regex="a", choice=["a"]), None, "regex"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tpctl.client.grammar_text import WHITESPACE
 from tpctl.client.guides import check_guide, guided, with_grammar
 from tpctl.client.reasoning import Form, Harmony
+from tpctl.client.schema_words import unenforced
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, ToolsError
 from tpctl.client.tools.forms import ToolForm
@@ -57,7 +58,15 @@ def grammar(tokenizer: Tokenizer, tools: Tools, form: Form | None, guide: Guide 
     if calls is None:
         raise RequestError("the model's chat template marks calls in no form that is known")
     lark = Lark(tokenizer.added_ids, WHITESPACE, tools.callable, tools.strict)
-    said = calls.grammar(lark, single=tools.single)
+    try:
+        said = calls.grammar(lark, single=tools.single)
+    except NoGrammar:
+        raise
+    except RequestError:
+        for name, schema in tools.callable.items():
+            if name in tools.strict and (problem := unenforced(schema)) is not None:
+                raise RequestError(f"{name}: {problem}") from None
+        raise
     if isinstance(calls, HarmonyCalls):
         text = None if guide is None or tools.must else lark.form(guide)
         return lark.grammar(messages(lark, said, form, text, must=tools.must))
