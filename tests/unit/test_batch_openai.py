@@ -93,7 +93,9 @@ def test_prompts_log_probabilities_are_where_vllm_has_them(tokenizer: Tokenizer,
         line("text", {"prompt": "abc", "prompt_logprobs": 0, "n": 2}, TEXT),
     ]
     prompts = write_lines(tmp_path / "in.jsonl", asked)
-    assert answer(tokenizer, prompts, tmp_path / "out.jsonl").errors == 0
+    fake = FakeClient(tokenizer)
+    assert answer(tokenizer, prompts, tmp_path / "out.jsonl", fake=fake).errors == 0
+    assert [request.sampling.prompt_logprobs for request in fake.requests] == [1, 0, None]  # computed once a prompt
     chatted, completed = (row["response"]["body"] for row in read_lines(tmp_path / "out.jsonl"))
     assert len(chatted["prompt_logprobs"]) == len("[u]Hi[a]") and "prompt_logprobs" not in chatted["choices"][0]
     told = {"logprob": -0.25, "rank": None}
