@@ -3,10 +3,11 @@
     python -m tests.clients.lm_eval
 
 ``local-completions`` takes log-likelihoods of choices and of whole texts, which must be those of transformers in
-float32 to 1e-4, and generates; ``local-chat-completions`` generates. Whether an answer is the likeliest one is known of
-choices; lm-eval does not ask it of whole texts. The tokenizer is a folder's, or the server's own. transformers' logits
-are normalised in float64: torch's float32 log_softmax, lm-eval's default, is off by 1e-5 a token on a CPU, always to
-the same side. Of a text of 180 tokens (-112.4) the two are 1.4e-4 apart, so the texts are shorter.
+float32 to 1e-4 and to 2e-4, and generates; ``local-chat-completions`` generates. Whether an answer is the likeliest one
+is known of choices; lm-eval does not ask it of whole texts. The tokenizer is a folder's, or the server's own.
+transformers' logits are normalised in float64: torch's float32 log_softmax, lm-eval's default, is off by 1e-5 a token
+on a CPU, always to the same side. This model's residuals reach 24,830, where float32 knows no better: of one token of a
+text tpctl's weights, packed for a processor, are up to 8e-5 from float64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.clients.environment import Client, expect, installed, refuses, servin
 from tpctl.checkpoint.sources import resolve
 
 PACKAGES = ("lm-eval[api]==0.4.13", "accelerate==1.15.0", "peft==0.21.2")
-CLOSE = 1e-4
+CLOSE, CLOSE_TEXTS = 1e-4, 2e-4
 
 FACTS = [
     ("The capital of France is", [" Paris", " London", " a kind of bread"], " It lies on the Seine."),
@@ -135,9 +136,10 @@ def compare(own: dict[str, Any], served: dict[str, Any], what: str) -> None:
         for one, other in zip(ours, theirs, strict=True)
     ]
     texts = [(one[0], other[0]) for one, other in zip(own["rolling"], served["rolling"], strict=True)]
-    apart = [abs(float(one[0]) - float(other[0])) for one, other in (*choices, *texts)]
-    far = f"{what}: {len(choices)} log-likelihoods of choices and {len(texts)} of texts, at most {max(apart):.1e} from"
-    expect(max(apart) <= CLOSE, f"{far} transformers'", choices, texts)
+    for pairs, close, of in ((choices, CLOSE, "choices"), (texts, CLOSE_TEXTS, "whole texts")):
+        apart = max(abs(float(one[0]) - float(other[0])) for one, other in pairs)
+        far = f"{what}: {len(pairs)} log-likelihoods of {of}, at most {apart:.1e} from transformers'"
+        expect(apart <= close, far, pairs)
     greedy = [(one[1], other[1]) for one, other in choices]
     expect(all(one == other for one, other in greedy), f"{what}: the same ones of the choices are greedy", greedy)
     expect(own["generate"] == served["generate"], f"{what}: the same texts", own["generate"], served["generate"])

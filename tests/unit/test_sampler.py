@@ -168,6 +168,23 @@ def test_repetition_penalty_and_logprobs() -> None:
     assert [pair[0] for pair in logprobs[0].top] == [10, 20]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_log_probabilities_are_exact_to_their_own_rounding(tp_size: int) -> None:
+    """Of likely tokens of large logits as well: summed over a text, roundings to one side add up."""
+    torch.manual_seed(5)
+    logits = torch.randn(40, VOCAB) * 4 + 20
+    logits[:20, 7] += 25  # all but certain
+    _, logprobs = sample(logits, [SamplingRow(SamplingParams(logprobs=3), 0)] * 40, tp_size)
+    exact = logits.double().log_softmax(-1)
+    assert logprobs is not None
+    for row, found in enumerate(logprobs):
+        assert found is not None
+        best = int(exact[row].argmax())
+        assert found[0] == pytest.approx(float(exact[row, best]), rel=1e-7, abs=2e-7)
+        for token, value in found.top:
+            assert value == pytest.approx(float(exact[row, token]), rel=1e-7, abs=2e-7)
+
+
 @pytest.mark.parametrize("tp_size", [1, 3])
 def test_presence_and_frequency_penalties_count_what_was_generated(tp_size: int) -> None:
     """logit - count * frequency - (count > 0) * presence, of the answer's tokens, after the repetition penalty."""

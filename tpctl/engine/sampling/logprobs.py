@@ -21,11 +21,11 @@ def report_logprobs(
         chosen_R: the chosen token ids, global.
         widest: the largest V over the ranks.
     """
-    total = group.all_gather(logits_RV.logsumexp(-1)).logsumexp(0)
+    total = _normalizer(logits_RV, group)
     local = chosen_R - first
     held = (local >= 0) & (local < logits_RV.shape[1])
     mine = logits_RV.gather(-1, local.clamp(0, logits_RV.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
-    chosen = group.all_reduce_max(torch.where(held, mine, float("-inf"))) - total
+    chosen = group.all_reduce_max(torch.where(held, mine, float("-inf"))).double() - total
 
     wanted = max(number or 0 for number in wanted_R)
     count = min(wanted, widest)
@@ -40,7 +40,7 @@ def report_logprobs(
         merged = pairs.permute(1, 0, 2, 3).flatten(1, 2)  # [R, ranks * count, 2], lower ids first among equals
         order = merged[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
         best = merged.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
-        best[..., 0] -= total.double().unsqueeze(-1)
+        best[..., 0] -= total.unsqueeze(-1)
         tops = best.tolist()
     return [
         None
@@ -48,3 +48,17 @@ def report_logprobs(
         else TokenLogprob(chance, [(int(id), value) for value, id in top[:number] if value > float("-inf")])
         for chance, top, number in zip(chances, tops, wanted_R, strict=True)
     ]
+
+
+def _normalizer(logits_RV: Tensor, group: TPGroup) -> Tensor:
+    """The log of the sum of exponentials over all ranks, float64 [R].
+
+    Added to the largest logit in float64: rounded to float32, as ``logsumexp`` does, it would be off by 1e-6 where
+    logits are about 20, of every token of a text to the same side.
+    """
+    largest = logits_RV.amax(-1)
+    base = torch.where(largest.isfinite(), largest, 0.0)
+    sums = (logits_RV - base.unsqueeze(-1)).exp_().sum(-1)
+    parts = group.all_gather(torch.stack((largest, sums))).double()  # [ranks, 2, R]
+    top = parts[:, 0].amax(0)
+    return top + ((parts[:, 0] - top).exp() * parts[:, 1]).sum(0).log()
