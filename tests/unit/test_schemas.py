@@ -114,10 +114,18 @@ def test_where_a_keyword_is_is_said() -> None:
     schema = {"properties": {"a": {"anyOf": [{"type": "null"}, {"type": "array", "uniqueItems": True}]}}}
     with pytest.raises(RequestError) as caught:
         check_guide(SamplingParams(response_format=of_schema(schema)).guide)
-    said = 'uniqueItems cannot be enforced; leave out, or say "strict": false (at "#/properties/a/anyOf/1")'
-    assert str(caught.value) == f"response_format: {said}"
+    said = 'uniqueItems cannot be enforced; leave out, or say "strict": false beside the schema'
+    assert str(caught.value) == f'response_format: {said} (at "#/properties/a/anyOf/1")'
     lenient = {"type": "json_schema", "json_schema": {"schema": schema, "strict": False}}
     check_guide(SamplingParams(response_format=lenient).guide)
+
+
+@pytest.mark.parametrize("more", [{}, {"name": "x", "strict": True}])
+def test_a_schema_within_another_object_is_refused(more: Schema) -> None:
+    """By itself that one would ask for nothing."""
+    with pytest.raises(RequestError, match="give what is under schema alone"):
+        check_guide(SamplingParams(response_format=of_schema({**more, "schema": {"type": "array"}})).guide)
+    check_guide(SamplingParams(response_format=of_schema({"type": "object", "schema": {}})).guide)
 
 
 def test_names_of_fields_and_values_are_no_keywords(walks: Walks) -> None:
@@ -145,5 +153,5 @@ def test_a_schema_of_many_parts_is_looked_through_quickly() -> None:
     assert schema_words.unenforced(schema) is None
     schema["$defs"]["d399"]["not"] = {}  # type: ignore[index]
     assert schema_words.unenforced(schema) == (
-        'not cannot be enforced; leave out, or say "strict": false (at "#/$defs/d399")'
+        'not cannot be enforced; leave out, or say "strict": false beside the schema (at "#/$defs/d399")'
     )

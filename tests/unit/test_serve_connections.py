@@ -143,7 +143,7 @@ def test_a_connection_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:
 
 def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
     hello: Any = [{"role": "user", "content": "Hi"}]
-    with running(tokenizer, FakeEngine(tokenizer), api_key="k") as server:
+    with running(tokenizer, FakeEngine(tokenizer), api_keys=("k",)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
         assert client.responses.create(model="demo", input="Hi").output_text == "<[u]Hi[a]>"
         with client.responses.stream(model="demo", input="Hi") as events:

@@ -54,7 +54,7 @@ def test_what_is_sent_ahead_is_answered_in_turn(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, version: str) -> None:
     size = 3_000_000  # more than a socket's buffers hold
-    with running(tokenizer, FakeEngine(tokenizer), api_key="k", max_body=1000) as server:
+    with running(tokenizer, FakeEngine(tokenizer), api_keys=("k",), max_body=1000) as server:
         for request, key, status in (
             ("POST /v1/completions", "wrong", 401),
             ("POST /nowhere", "k", 404),

@@ -62,7 +62,7 @@ def test_what_fails_in_a_step_costs_no_other_answer_its_tokens(tokenizer: Tokeni
 
 @pytest.mark.parametrize("raised", [RequestError("no token"), ValueError("a bug")])
 def test_an_answer_that_cannot_be_told_is_counted_once(tokenizer: Tokenizer, raised: Exception) -> None:
-    """As an error; the others to the same request are wanted no more."""
+    """As an error, and so are the others to the same request, of which nobody had enough."""
 
     class Broken(TextStream):
         def push(self, output: Output) -> list[Segment]:
@@ -75,7 +75,7 @@ def test_an_answer_that_cannot_be_told_is_counted_once(tokenizer: Tokenizer, rai
         with pytest.raises((ApiError, ValueError), match=str(raised)):
             await pool.begin([bad]).finish()
         lines = pool.metrics.exposition({}, 0).decode().splitlines()
-        ends = {"stop": 0, "length": 0, "tool_calls": 0, "abort": 2, "error": 1}
+        ends = {"stop": 0, "length": 0, "tool_calls": 0, "abort": 0, "error": 3}
         assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
         assert not pool.under_way
         await pool.close()

@@ -26,7 +26,7 @@ from tpctl.serve.app import App
 from tpctl.serve.asked import Streaming
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
-from tpctl.serve.memory import UNTOLD, Holding, Memory, prompt_size, token_size
+from tpctl.serve.memory import UNTOLD, Holding, Memory, Use, prompt_size, token_size
 from tpctl.serve.pool import Job
 from tpctl.serve.writers import ChatWriter
 from tpctl.wire.messages import Add, Output, Outputs, Request, from_wire, to_wire
@@ -141,13 +141,23 @@ def test_an_answer_that_grows_beyond_what_is_left_is_the_one_that_ends(tokenizer
     with served(tokenizer, engine, max_memory=4 << 20) as (client, server):
         asked = chat(stream=stream, logprobs=True, top_logprobs=5)
         response = client.post(CHAT, json=asked)
+        said = response.text if stream else json.dumps(error(response, 400).message)
+        assert "all may take 4.2 MB (--max-memory); ask for fewer tokens" in said  # alone, so that waiting helps nobody
+        assert response.status_code == (200 if stream else 400) and "[DONE]" not in said
+        app = server._app
+        assert app is not None
+        app.memory.take(1_900_000, Use.ANSWERS)  # others have it
+        response = client.post(CHAT, json=asked)
         said = response.text if stream else json.dumps(error(response, 429).message)
         assert "would be above the 4.2 MB that --max-memory leaves for answers" in said
         assert response.status_code == (200 if stream else 429) and "[DONE]" not in said
-        app = server._app
+        app.memory.take(-1_900_000, Use.ANSWERS)
         until(lambda: not engine.open)
         assert app is not None and app.memory.held == 0
         assert client.post(TEXT, json={"prompt": "ab", "max_tokens": 5}).status_code == 200
+        lines = client.get("/metrics").text.splitlines()
+        ends = {"stop": 0, "length": 1, "abort": 0, "error": 2}  # once each
+        assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
 
 
 def test_what_has_been_told_of_a_stream_is_counted_no_more(tokenizer: Tokenizer) -> None:
@@ -160,7 +170,7 @@ def test_what_has_been_told_of_a_stream_is_counted_no_more(tokenizer: Tokenizer)
             for count in range(100_000):
                 generation.push(0, Output("a", [5]))
                 if generation.done:
-                    with pytest.raises(ApiError, match="--max-memory leaves for answers"):
+                    with pytest.raises(ApiError, match=r"all may take 2\.0 MB"):
                         while await generation.next():
                             pass
                     return count

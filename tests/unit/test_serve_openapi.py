@@ -119,7 +119,7 @@ def test_every_field_that_is_described_is_known_and_no_other(tokenizer: Tokenize
 
 
 def test_who_may_read_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with served(tokenizer, api_key="k") as (client, _):
+    with served(tokenizer, api_keys=("k",)) as (client, _):
         description = described(client)
         assert description["security"] == [{"key": []}]
         refused = client.get("/v1/models")

@@ -49,7 +49,7 @@ def test_the_page_is_whole_and_alone() -> None:
 
 
 def test_it_needs_no_key_and_may_load_nothing(tokenizer: Tokenizer) -> None:
-    with served(tokenizer, api_key="k") as (client, _):
+    with served(tokenizer, api_keys=("k",)) as (client, _):
         response = client.get("/")
         assert client.get("/v1/models").status_code == 401 and client.post("/").status_code == 405
         assert 'tpctl_http_requests_total{path="/",status="200"} 1.0' in (
@@ -157,10 +157,10 @@ def test_an_answer_is_stopped(page: Tab, tokenizer: Tokenizer) -> None:
 @pytest.mark.slow
 @in_browser
 def test_a_key_is_asked_for_and_kept_with_the_tab(page: Tab, tokenizer: Tokenizer) -> None:
-    with running(tokenizer, FakeEngine(tokenizer), api_key="k") as server:
+    with running(tokenizer, FakeEngine(tokenizer), api_keys=("k",)) as server:
         page.open(f"{server.url}/")
         page.until("!the('key-form').hidden && document.activeElement === the('key')")
-        for key, said in (("wrong", "is not the one that this server"), ("k", "")):
+        for key, said in (("wrong", "is none that this server"), ("k", "")):
             page.write(key)
             page.press("Enter", 13, "\r")
             page.until(f"the('wrong').textContent.includes({said!r}) && the('key').value === ''")

@@ -16,9 +16,11 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, HELLO, TEXT, chat
+from tpctl.cli.serve import ServerOptions
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import UsageError
 from tpctl.wire.guide import of_schema
 from tpctl.wire.messages import Output
 
@@ -107,7 +109,8 @@ def error(response: Any, status: int) -> ErrorObject:
             CHAT,
             chat(response_format=of_schema({"properties": {"a": {"type": "array", "uniqueItems": True}}})),
             "response_format",
-            'response_format: uniqueItems cannot be enforced; leave out, or say "strict": false (at "#/properties/a")',
+            'response_format: uniqueItems cannot be enforced; leave out, or say "strict": false beside the schema '
+            '(at "#/properties/a")',
         ),
         (
             TEXT,
@@ -227,13 +230,13 @@ def test_a_packed_body(tokenizer: Tokenizer, encoding: str) -> None:
 
 
 def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
-    with served(tokenizer, api_key="secret") as (client, _):
+    with served(tokenizer, api_keys=("secret",)) as (client, _):
         assert client.get("/health").status_code == 200
         missing = client.get("/v1/models")
         assert error(missing, 401).code == "invalid_api_key" and missing.headers["www-authenticate"] == "Bearer"
         for wrong in ("Bearer wrong", "Basic secret", "secret", "Bearer"):
             found = error(client.post(CHAT, json=chat(), headers={"authorization": wrong}), 401)
-            assert "is not the one" in found.message and "secret" not in found.message
+            assert "is none that" in found.message and "secret" not in found.message
         client.headers["authorization"] = "Bearer secret"
         assert client.post(CHAT, json=chat()).status_code == 200
         assert "/v1/embeddings is not known here" in error(client.post("/v1/embeddings", json={}), 404).message
@@ -242,6 +245,38 @@ def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
         unknown = error(client.post(CHAT, json=chat(model="gpt-4")), 404)
         assert (unknown.code, unknown.param) == ("model_not_found", "model")
         assert unknown.message == 'the model "gpt-4" does not exist here; this server has demo or alias'
+
+
+def test_any_of_several_keys_will_do(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, api_keys=("first", "second")) as (client, _):
+        for key, status in (("first", 200), ("second", 200), ("third", 401), ("firstsecond", 401)):
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "found"),
+    [
+        ([], None, ()),
+        ([], "k", ("k",)),
+        (["a", "b"], "k", ("a", "b")),
+        ([], "", "TPCTL_API_KEY is empty; give it a value, or unset it"),
+        ([], " k", "the API key (TPCTL_API_KEY) must be of printable ASCII"),
+        (["a", "ä"], None, "the API key (--api-key) must be of printable ASCII"),
+    ],
+)
+def test_where_keys_come_from(
+    options: list[str], said: str | None, found: tuple[str, ...] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty variable would leave the server open, and whoever set it believe that it is not."""
+    monkeypatch.delenv("TPCTL_API_KEY", raising=False)
+    if said is not None:
+        monkeypatch.setenv("TPCTL_API_KEY", said)
+    given = ServerOptions(api_key=options or None)
+    if isinstance(found, tuple):
+        assert given.keys() == found
+    else:
+        with pytest.raises(UsageError, match=re.escape(found)):
+            given.keys()
 
 
 def test_a_body_that_is_too_long(tokenizer: Tokenizer) -> None:
@@ -310,7 +345,7 @@ def test_a_request_that_the_engine_fails_at(tokenizer: Tokenizer) -> None:
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
         assert len(server.notes) == 3
         lines = client.get("/metrics").text.splitlines()
-        ends = {"stop": 1, "length": 0, "tool_calls": 0, "abort": 1, "error": 4}
+        ends = {"stop": 1, "length": 0, "tool_calls": 0, "abort": 0, "error": 5}
         assert all(f'tpctl_answers_total{{finish_reason="{reason}"}} {n}.0' in lines for reason, n in ends.items())
 
 

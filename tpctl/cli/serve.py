@@ -46,8 +46,10 @@ class ServerOptions:
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this host's.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000
     api_key: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help=f"What clients must send. Default: {API_KEY}, where others do not see it."),
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help=f"What clients must send. Repeatable. Default: {API_KEY}, where others do not see it."
+        ),
     ] = None
     served_model_name: Annotated[
         list[str] | None,
@@ -79,15 +81,24 @@ class ServerOptions:
         ),
     ] = 1
 
-    def key(self) -> str | None:
-        """Raises ``UsageError`` if it is none that a header can hold."""
-        key = os.environ.get(API_KEY) or None if self.api_key is None else self.api_key
-        return printable_key(key, f"{API_KEY} or --api-key")
+    def keys(self) -> tuple[str, ...]:
+        """Raises ``UsageError`` if one is none that a header can hold: an empty one keeps nobody out."""
+        if self.api_key:
+            return tuple(_header_key(key, "--api-key") for key in self.api_key)
+        if (key := os.environ.get(API_KEY)) is None:
+            return ()
+        if not key:
+            raise UsageError(f"{API_KEY} is empty; give it a value, or unset it")
+        return (_header_key(key, API_KEY),)
 
 
 def printable_key(key: str | None, source: str) -> str | None:
     """``key`` itself. Raises ``UsageError`` if a header cannot hold it; ``source``: what it came by."""
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+    return None if key is None else _header_key(key, source)
+
+
+def _header_key(key: str, source: str) -> str:
+    if not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise UsageError(f"the API key ({source}) must be of printable ASCII, and not empty")
     return key
 
@@ -120,8 +131,9 @@ def serve(
     check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
-    key = server.key()
+    keys = server.keys()
     max_body, max_memory = parse_bytes(server.max_body, "MiB"), parse_bytes(server.max_memory, "GiB")
+    _check_memory(max_memory, server.max_memory)
     with ExitStack() as stack:
         from tpctl.serve.sockets import listen, url_of
 
@@ -130,7 +142,7 @@ def serve(
         config = _configured(model, engine, server.replicas, at_hand, nodes)
         engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas, nodes)]
         say_nodes(config, nodes)
-        settings = _settings(model, server, key, (max_body, max_memory), sampling, config, at_hand)
+        settings = _settings(model, server, keys, (max_body, max_memory), sampling, config, at_hand)
         from tpctl.serve.run import serve as run
 
         def ready(info: EngineInfo) -> None:
@@ -186,10 +198,17 @@ def _started(config: EngineConfig, engine: EngineOptions, replicas: int, nodes: 
                 os.sched_setaffinity(0, before)
 
 
+def _check_memory(size: int, said: str) -> None:
+    from tpctl.serve.memory import LEAST_MEMORY
+
+    if size < LEAST_MEMORY:
+        raise UsageError(f"--max-memory is {said}, but at least {LEAST_MEMORY >> 20}MiB are needed for a few requests")
+
+
 def _settings(
     model: str,
     server: ServerOptions,
-    key: str | None,
+    keys: tuple[str, ...],
     most: tuple[int, int],
     sampling: DistributionOptions,
     config: EngineConfig,
@@ -204,7 +223,7 @@ def _settings(
     return ServeSettings(
         names,
         defaults,
-        key,
+        keys,
         max_body=most[0],
         max_memory=most[1],
         max_waiting=server.max_waiting,

@@ -113,14 +113,14 @@ def _places(tokens: Sequence[Mapping[str, Any]], text: str) -> list[int]:
     return found
 
 
-def _by_text(one: Mapping[str, Any]) -> dict[str, float]:
+def _by_text(one: Mapping[str, Any]) -> dict[str, float] | None:
     """The likeliest tokens in a token's place and that one, by their texts.
 
     Tokens that are parts of characters have none, and others may have the same: such are called by their ids, as vLLM's
     server does it, but for the token that stands there.
     """
     if one["logprob"] is None:  # the first of a prompt
-        return {}
+        return None
     found: dict[str, float] = {}
     for token in (*one["top"], one):
         name, own = token["token"], token["id"] == one["id"]

@@ -44,6 +44,8 @@ def unenforced(schema: Mapping[str, Any]) -> str | None:
 
     Of definitions only those that are referred to count.
     """
+    if isinstance(schema.get("schema"), Mapping) and not ENFORCED & schema.keys():
+        return "the schema stands within another object, beside its name; give what is under schema alone"
     left: list[tuple[Any, str, str]] = [(schema, "#", "")]
     seen: set[int] = set()
     while left:
@@ -83,7 +85,7 @@ def named(message: str) -> str:
 def _problem(schema: Mapping[str, Any], draft: str) -> str | None:
     """What would be left out of account of one schema, without those in it."""
     if refused := sorted(REFUSED & schema.keys()):
-        return f'{", ".join(refused)} cannot be enforced; leave out, or say "strict": false'
+        return f'{", ".join(refused)} cannot be enforced; leave out, or say "strict": false beside the schema'
     for word in schema.keys() - ENFORCED:
         if (meant := _SPELLED.get(_letters(word))) is not None:
             return f"{shown(word)} is no keyword and would ask for nothing; is {meant} meant?"

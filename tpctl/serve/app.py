@@ -6,7 +6,7 @@ import hmac
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from email.utils import formatdate
 from typing import Any
 
@@ -37,7 +37,7 @@ Post = Callable[[dict[str, Any], float, Holding], Awaitable[ASGIApp]]
 
 
 class App:
-    """An ASGI application. Everything but ``OPEN`` needs the key, where there is one.
+    """An ASGI application. Everything but ``OPEN`` needs a key, where there are some.
 
     Attributes:
         memory: what requests hold.
@@ -48,7 +48,7 @@ class App:
         self,
         endpoints: Endpoints,
         *,
-        api_key: str | None = None,
+        api_keys: Sequence[str] = (),
         max_body: int = 16 << 20,
         max_memory: int = MAX_MEMORY,
         body_seconds: float = BODY_SECONDS,
@@ -62,7 +62,7 @@ class App:
             note: tells whoever runs the server of what should not have happened.
         """
         self._endpoints = endpoints
-        self._key = None if api_key is None else api_key.encode()
+        self._keys = [key.encode() for key in api_keys]
         self._max_body = max_body
         self.memory = Memory(max_memory)
         self._body_seconds = body_seconds
@@ -77,7 +77,7 @@ class App:
             "/detokenize": endpoints.detokenize,
         }
         routes = [Route(path, self._post(post), methods=["POST"]) for path, post in posts.items()]
-        page, described = Page(), Said(description(keyed=api_key is not None))
+        page, described = Page(), Said(description(keyed=bool(api_keys)))
         routes += [
             Route("/", self._get(lambda request: page), methods=["GET"]),
             Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
@@ -142,12 +142,13 @@ class App:
         return _Plain(body)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in OPEN:
+        if not self._keys or scope["path"] in OPEN:
             return
         said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = said.partition(b" ")
-        if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
-            what = "is not the one that this server was started with" if said else "is missing"
+        known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all, so that time says nothing
+        if kind.lower() != b"bearer" or not any(known):
+            what = "is none that this server was started with" if said else "is missing"
             raise ApiError(401, f"the API key {what}; send it as Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _refuse(self, error: Exception, scope: Scope, send: Send) -> None:

@@ -224,7 +224,8 @@ def check_room(
         return
     if max_tokens is None or num_tokens >= max_model_len:
         said = (
-            f"the prompt has {num_tokens} tokens, but prompt and answer together may have {max_model_len}; shorten it"
+            f"the prompt has {num_tokens} tokens, but prompt and answer together may have {max_model_len}, "
+            "and an answer at least 1; shorten it"
         )
         raise ApiError(400, said, param=what, code=TOO_LONG)
     raise ApiError(

@@ -106,6 +106,11 @@ class Generation:
         """Whether nothing of it is under way."""
         return not self._left or self._error is not None
 
+    @property
+    def given_up(self) -> bool:
+        """Whether whoever asked did not want it any more."""
+        return isinstance(self._error, Gone)
+
     def push(self, at: int, output: Output) -> bool:
         """Take in what came for an answer; whether that has ended."""
         stream = self.streams[at]

@@ -145,8 +145,9 @@ class Lane:
                 generation.fail(error)
                 continue
             if ended:
-                self.open.pop(id, None)
-                self._metrics.ended(generation.streams[at].finish_reason or "error")
+                reason = generation.streams[at].finish_reason
+                if self.open.pop(id, None) is not None or reason is not None:  # else it was given up, and counted, so
+                    self._metrics.ended(reason or "error")
                 if output.finish_reason is None:  # a stop text, of which the engine does not know
                     stopped.append(id)
         for generation in touched:

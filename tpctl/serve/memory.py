@@ -21,6 +21,9 @@ from tpctl.wire.sampling import SamplingParams
 MAX_MEMORY = 2 << 30
 """Bytes, where nothing else is said."""
 
+LEAST_MEMORY = 1 << 20
+"""Bytes, in which some requests of usual length find room."""
+
 SMALL = 1 << 16
 """Bytes up to which a body is none of the long ones: most are."""
 
@@ -99,8 +102,8 @@ class Holding:
         if (size := _REQUEST + size) > (most := self._memory.limit(use)):
             raise ApiError(
                 413,
-                f"the body takes {format_bytes(size)} in memory, but {use.value[1]} may take {format_bytes(most)} "
-                "(--max-memory); send it in pieces",
+                f"the body takes more than {format_bytes(most)} in memory, which is as much as {use.value[1]} may of "
+                f"the {format_bytes(self._memory.most)} of --max-memory; send less at a time",
                 code="body_too_large",
             )
         self._become(size, use)
@@ -130,6 +133,12 @@ class Holding:
 
     def answers(self, size: int) -> None:
         """What there is of the answers takes so many bytes. Raises ``ApiError``."""
+        if self._request + size > (most := self._memory.most):  # whatever others hold
+            raise ApiError(
+                400,
+                f"the request and its answers have come to {format_bytes(self._request + size)} in memory, but all may "
+                f"take {format_bytes(most)} (--max-memory); ask for fewer tokens, answers or log-probabilities",
+            )
         self._memory.take(size - self._answers, Use.ANSWERS)
         self._answers = size
 

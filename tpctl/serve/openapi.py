@@ -91,7 +91,9 @@ _ANSWERS: Mapping[str, Schema] = {
                                 {
                                     "tokens": _list(STRING),
                                     "token_logprobs": _NUMBERS,
-                                    "top_logprobs": _list({"type": "object", "additionalProperties": _NUMBER}),
+                                    "top_logprobs": _list(
+                                        nullable({"type": "object", "additionalProperties": _NUMBER})
+                                    ),
                                     "text_offset": _list(_COUNT),
                                 }
                             )

@@ -227,4 +227,4 @@ class Pool:
                 lane.abort([id for id, *_ in left])
             for _, generation, at in left:
                 if generation.streams[at].finish_reason is None:
-                    self.metrics.ended("abort")
+                    self.metrics.ended("abort" if generation.given_up else "error")

@@ -42,7 +42,7 @@ class ServeSettings:
 
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     max_body: int = 16 << 20
     max_waiting: int = 1024
     drain: float = 30.0
@@ -119,7 +119,7 @@ async def _serve(
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
         app = App(
             endpoints,
-            api_key=settings.api_key,
+            api_keys=settings.api_keys,
             max_body=settings.max_body,
             max_memory=settings.max_memory,
             note=note,
