@@ -146,6 +146,7 @@ CASES = [
     Case("serve model --host 192.0.2.1 --port 0", title="an address of another host"),
     Case("serve model --max-body 5", title="the longest body, without a unit"),
     Case("serve model --max-memory 2", title="what requests may hold, without a unit"),
+    Case("serve model --allowed-origin localhost:3000", title="a web page's origin without its scheme"),
     Case("serve model --max-memory 100KiB", title="what requests may hold, too little for any"),
     Case("serve model --api-key ''", title="a key that is empty"),
     Case("serve model --temperature=-1", title="what requests leave out, out of range"),

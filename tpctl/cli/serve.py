@@ -51,6 +51,13 @@ class ServerOptions:
             metavar="KEY", help=f"What clients must send. Repeatable. Default: {API_KEY}, where others do not see it."
         ),
     ] = None
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages that may use it besides its own, like http://localhost:3000; *: all. Repeatable.",
+        ),
+    ] = None
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="What clients call the model. Repeatable. Default: MODEL."),
@@ -80,6 +87,12 @@ class ServerOptions:
             "less where there are hundreds of streams.",
         ),
     ] = 1
+
+    def origins(self) -> tuple[str, ...]:
+        """Raises ``UsageError`` if one is none."""
+        from tpctl.serve.origins import check_origin
+
+        return tuple(check_origin(one) for one in self.allowed_origin or ())
 
     def keys(self) -> tuple[str, ...]:
         """Raises ``UsageError`` if one is none that a header can hold: an empty one keeps nobody out."""
@@ -132,6 +145,7 @@ def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
     keys = server.keys()
+    server.origins()  # looked at before anything is loaded
     max_body, max_memory = parse_bytes(server.max_body, "MiB"), parse_bytes(server.max_memory, "GiB")
     _check_memory(max_memory, server.max_memory)
     with ExitStack() as stack:
@@ -229,4 +243,5 @@ def _settings(
         max_waiting=server.max_waiting,
         drain=server.drain,
         interval=server.stream_interval,
+        origins=server.origins(),
     )

@@ -6,7 +6,7 @@ import hmac
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from email.utils import formatdate
 from typing import Any
 
@@ -24,6 +24,7 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
 from tpctl.serve.memory import MAX_MEMORY, Holding, Memory
 from tpctl.serve.openapi import description
+from tpctl.serve.origins import Headers, Origins
 from tpctl.serve.page import Page
 from tpctl.serve.straight import gone_out
 from tpctl.serve.work import UnderWay
@@ -49,6 +50,7 @@ class App:
         endpoints: Endpoints,
         *,
         api_keys: Sequence[str] = (),
+        origins: Collection[str] = (),
         max_body: int = 16 << 20,
         max_memory: int = MAX_MEMORY,
         body_seconds: float = BODY_SECONDS,
@@ -57,12 +59,14 @@ class App:
         """Set limits.
 
         Args:
+            origins: of web pages that may use it besides its own, as ``check_origin`` gives them.
             max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
             max_memory: bytes that all requests may hold together (``serve.memory``).
             note: tells whoever runs the server of what should not have happened.
         """
         self._endpoints = endpoints
         self._keys = [key.encode() for key in api_keys]
+        self._origins = Origins(origins)
         self._max_body = max_body
         self.memory = Memory(max_memory)
         self._body_seconds = body_seconds
@@ -94,19 +98,25 @@ class App:
         if scope["type"] != "http":
             return
         since, status = time.monotonic(), 499  # for those who hung up
+        more: Headers = []
 
         async def dated(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"date", self._now())]
+                message["headers"] = [*message["headers"], *more, (b"date", self._now())]
             await send(message)
 
         scope["app"] = self  # so that the router raises for what it does not know
         heard = Heard(scope, receive)
         try:
-            self._check_key(scope)
-            await self._router(scope, heard, dated)
+            before = self._origins.before(scope)
+            more = self._origins.headers(scope) if before is None else before
+            if before is None:
+                self._check_key(scope)
+                await self._router(scope, heard, dated)
+            else:
+                await _nothing(dated)
         except Gone:
             pass
         except Exception as error:
@@ -210,3 +220,9 @@ class _Plain:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await say(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], self._body, send)
+
+
+async def _nothing(send: Send) -> None:
+    """A response without a body."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})

@@ -146,6 +146,7 @@ _HEALTH = closed({"status": {"enum": ["ready", "loading", "ending", "failed", "s
 
 _REFUSALS = {
     "400": "The body is no JSON, or cannot be had as it is.",
+    "403": "A web page asks that is not allowed to.",
     "404": "There is no such model.",
     "408": "The body took too long.",
     "413": "The body is too long.",

@@ -38,6 +38,7 @@ class ServeSettings:
         max_waiting: requests that may wait, besides those that the engines compute together.
         drain: seconds in which the server ends once it is asked to.
         interval: tokens of an answer in a chunk of its stream.
+        origins: of web pages that may use it besides its own.
     """
 
     names: tuple[str, ...]
@@ -48,6 +49,7 @@ class ServeSettings:
     drain: float = 30.0
     interval: int = 1
     max_memory: int = MAX_MEMORY
+    origins: tuple[str, ...] = ()
 
 
 def serve(
@@ -120,6 +122,7 @@ async def _serve(
         app = App(
             endpoints,
             api_keys=settings.api_keys,
+            origins=settings.origins,
             max_body=settings.max_body,
             max_memory=settings.max_memory,
             note=note,
