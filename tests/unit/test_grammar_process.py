@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -72,6 +73,60 @@ def test_what_takes_too_long_or_too_much_is_refused_and_others_go_on(
     assert "regex parse error" in str(processes.problem(Guide("regex", "(a", "regex")))
     assert "regex parse error" in str(processes.problem(guide({"type": "string", "pattern": "(a"})))
     assert processes.problem(Guide("choice", '["a", "b"]', "choice")) is None and len(processes._free) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGSTOP])
+def test_one_that_ended_while_it_waited_is_no_fault_of_the_next_grammar(
+    processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    assert processes.problem(Guide("regex", "a+", "regex")) is None
+    (idle,) = processes._free
+    os.kill(idle.pid, number)
+    if number != signal.SIGSTOP:
+        idle.wait()
+    started = grammar_process._start
+
+    def other(guide: Guide) -> Any:
+        monkeypatch.undo()
+        return started(guide)
+
+    monkeypatch.setattr(grammar_process, "_PATIENCE", 0.2 - grammar_process.SECONDS)
+    monkeypatch.setattr(grammar_process, "_start", other)
+    assert processes.problem(Guide("regex", "b+", "regex")) is None
+    assert idle not in processes._free and idle.returncode is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_what_somebody_else_did_to_a_fresh_one_is_not_kept(
+    processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    started, asked = grammar_process._start, Guide("regex", f"not kept {number}", "regex")
+
+    def ended(guide: Guide) -> Any:
+        process = started(guide)
+        os.kill(process.pid, number)
+        return process
+
+    monkeypatch.setattr(guides, "_processes", processes)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_process, "_PATIENCE", 0.2 - grammar_process.SECONDS)
+        patch.setattr(grammar_process, "_start", ended)
+        how = "said nothing" if number == signal.SIGSTOP else rf"ended \({number.name}\)"
+        with pytest.raises(BusyError, match=rf"^regex: the process that compiled it {how}, .* try again"):
+            guides.check_guide(asked)
+    guides.check_guide(asked)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [("os.abort()", "it takes more than 512 MiB"), ("os.kill(os.getpid(), 11)", "the process that compiled it ended")],
+)
+def test_a_grammar_that_ends_its_process_is_told_so(
+    processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch, end: str, said: str
+) -> None:
+    start, code = subprocess.Popen, f"import os, sys; sys.stdin.buffer.read(1); {end}"
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **kw: start([sys.executable, "-c", code], **kw))
+    assert str(processes.problem(Guide("regex", "a", "regex"))).startswith(said)
 
 
 def test_one_that_has_taken_much_is_not_used_again(

@@ -115,12 +115,32 @@ def test_one_that_loops_is_stopped_and_the_next_is_not(process: TemplateProcess)
     process.close()
 
 
-def test_a_process_that_is_gone_is_started_again(process: TemplateProcess) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_process_that_ended_while_it_waited_is_no_fault_of_the_next_messages(
+    process: TemplateProcess, number: signal.Signals
+) -> None:
+    template = compiled(CHATML, process)
+    for source in (template.source, CHATML + "{# another #}"):
+        assert process._process is not None
+        os.kill(process._process.pid, number)
+        process._process.wait()
+        assert "hi" in compiled(source, process).render([user("hi")])
+
+
+def test_one_that_says_nothing_while_it_waits_is_no_fault_of_the_next_messages(
+    process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = compiled(CHATML, process)
     assert process._process is not None
-    os.kill(process._process.pid, signal.SIGSEGV)
-    with pytest.raises(RequestError, match=r"fails on these messages: its process ended \(SIGSEGV\)"):
-        template.render([user("hi")])
+    os.kill(process._process.pid, signal.SIGSTOP)
+    begun = process._start
+
+    def other() -> Any:
+        monkeypatch.undo()
+        return begun()
+
+    monkeypatch.setattr(template_process, "_PATIENCE", 0.2 - template_process.SECONDS)
+    monkeypatch.setattr(process, "_start", other)
     assert "hi" in template.render([user("hi")])
 
 

@@ -24,6 +24,9 @@ _WAIT = 30.0  # seconds that somebody waits for others' grammars
 _TOO_LONG = f"it takes more than {SECONDS:.0f} s to compile, which is as much as it may; make it simpler"
 _TOO_LARGE = f"it takes more than {MEMORY >> 20} MiB to compile, which is as much as it may; make it simpler"
 
+_ITS_OWN = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGPROF, signal.SIGSEGV}
+"""Signals that end a process for what it does itself. Others are sent, or the kernel's, for want of memory."""
+
 
 class GrammarProcesses:
     """Processes, started when they are needed and again after a grammar has ended one. For several threads, and for
@@ -43,24 +46,14 @@ class GrammarProcesses:
 
         Raises:
             RequestError: that is not for a grammar to say.
-            BusyError: all processes are at work for others.
+            BusyError: all processes are at work for others, or something else than the grammar ended one.
         """
         if self._owner != os.getpid():
             self._reset()
         if not self._room.acquire(timeout=self._wait):
             raise BusyError(f"grammars of others have been compiled for {self._wait:.0f} s; try again later")
         try:
-            try:
-                process = self._free.pop()
-            except IndexError:
-                process = _start(guide)
-            found = _asked(process, guide)
-            if found is not None and not found.get("worn"):
-                self._free.append(process)
-            else:
-                problem = _end(process) if found is None else None
-                _close(process)
-                found = found or {"problem": problem}
+            found = self._found(guide)
         finally:
             self._room.release()
         if "refused" in found:
@@ -68,6 +61,30 @@ class GrammarProcesses:
         problem = found["problem"]
         assert problem is None or isinstance(problem, str)
         return problem
+
+    def _found(self, guide: Guide) -> dict[str, Any]:
+        """A worker's answer, or what stands for one where the grammar has ended its process.
+
+        A process that waits may have been ended by anybody, so that its end says nothing of the grammar that it is
+        given next: a fresh one is. Nor does that of a fresh one, unless it ended itself.
+        """
+        while True:
+            try:
+                process, fresh = self._free.pop(), False
+            except IndexError:
+                process, fresh = _start(guide), True
+            found = _asked(process, guide)
+            if found is not None and not found.get("worn"):
+                self._free.append(process)
+                return found
+            code = None if found is not None else _code(process)
+            _close(process)
+            if found is not None:
+                return found
+            if code == -signal.SIGPROF:  # its timer is not set while it waits
+                return {"problem": _TOO_LONG}
+            if fresh:
+                return {"problem": _problem(code, guide)}
 
 
 def _start(guide: Guide) -> subprocess.Popen[bytes]:
@@ -99,18 +116,32 @@ def _asked(process: subprocess.Popen[bytes], guide: Guide) -> dict[str, Any] | N
     return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> str:
-    """What a process that has said nothing would have."""
+def _code(process: subprocess.Popen[bytes]) -> int | None:
+    """How a process that has said nothing ended; ``None``: it has not."""
     try:
-        code = process.wait(1.0)
+        return process.wait(1.0)
     except subprocess.TimeoutExpired:
-        return _TOO_LONG
-    if code == -signal.SIGPROF:
-        return _TOO_LONG
-    if code in (-signal.SIGABRT, -signal.SIGKILL, NO_MEMORY):  # Rust ends so without memory; the kernel, by the second
+        return None
+
+
+def _problem(code: int | None, guide: Guide) -> str:
+    """What a process that was ended by its grammar would have said.
+
+    Raises:
+        BusyError: it was ended, or stopped, by something else.
+    """
+    if code in (-signal.SIGABRT, NO_MEMORY):  # Rust ends so without memory
         return _TOO_LARGE
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"the process that compiled it ended ({how})"
+    how = "said nothing" if code is None else f"ended ({_named(code)})"
+    if code is None or -code not in _ITS_OWN:
+        raise BusyError(
+            f"{guide.name}: the process that compiled it {how}, for which it need not be the reason; try again"
+        )
+    return f"the process that compiled it {how}"
+
+
+def _named(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

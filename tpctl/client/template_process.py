@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._source: str | None = None  # what the process has compiled
+        self._waited = False  # whether the process has answered, and waited for more
         self._process: subprocess.Popen[bytes] | None = self._start()
 
     def __enter__(self) -> Self:
@@ -47,20 +48,24 @@ class TemplateProcess:
     def compile(self, source: str) -> dict[str, Any]:
         """What a template uses; the worker's answer."""
         with self._lock:
-            return self._compile(source)
+            return self._again(lambda: self._compile(source))
 
     def render(
         self, source: str, variables: Mapping[str, Any], each: Sequence[Mapping[str, Any]] = ({},)
     ) -> dict[str, Any]:
         """A template's texts, one for each of ``each``; the worker's answer, which is of all of them or of none."""
-        with self._lock:
+
+        def rendered() -> dict[str, Any]:
             if self._source != source and "failed" in (answer := self._compile(source)):
                 return answer
             return self._ask({"render": variables, "each": each})
 
+        with self._lock:
+            return self._again(rendered)
+
     def close(self) -> None:
         """End the process. May be called again; a later request starts another one."""
-        process, self._process, self._source = self._process, None, None
+        process, self._process, self._source, self._waited = self._process, None, None, False
         if process is None:
             return
         process.kill()
@@ -70,6 +75,23 @@ class TemplateProcess:
                 with contextlib.suppress(BrokenPipeError):  # what it was not told any more stands in the buffer
                     stream.close()
 
+    def _again(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Work, and what stands for its answer where a template has ended the process.
+
+        One that waits may have been ended by anybody, so that its end says nothing of what it is asked next: a fresh
+        process is, once.
+        """
+        waited = self._waited
+        try:
+            return work()
+        except _Ended as ended:
+            if not waited or ended.code == -signal.SIGALRM:  # which is not set while it waits
+                return _end(ended.code)
+        try:
+            return work()
+        except _Ended as ended:
+            return _end(ended.code)
+
     def _compile(self, source: str) -> dict[str, Any]:
         self._source = None
         answer = self._ask({"compile": source})
@@ -78,9 +100,10 @@ class TemplateProcess:
         return answer
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises ``_Ended`` if there is no answer."""
         if self._process is None:
             self._process = self._start()
-        answer = None
+        answer = ended = None
         try:
             answer = self._exchange(self._process, frame(request))
         finally:
@@ -89,7 +112,10 @@ class TemplateProcess:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     ended = self._process.wait(1.0 if ended is None else None)
                 self.close()
-        return _end(ended) if answer is None else answer
+        if answer is None:
+            raise _Ended(ended)
+        self._waited = True
+        return answer
 
     @staticmethod
     def _exchange(process: subprocess.Popen[bytes], data: bytes) -> dict[str, Any] | None:
@@ -114,6 +140,14 @@ class TemplateProcess:
             )
         except OSError as error:
             raise EngineError(f"cannot start {sys.executable} for the chat template: {error.strerror}") from None
+
+
+class _Ended(Exception):
+    """A process has, or says nothing (``None``)."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def _end(code: int | None) -> dict[str, Any]:
