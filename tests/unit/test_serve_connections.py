@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -26,6 +27,7 @@ from tpctl.serve import run as run_module
 from tpctl.serve import server as server_module
 from tpctl.serve.app import App
 from tpctl.serve.straight import Straight
+from tpctl.serve.threads import Threads
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,54 @@ def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream
         sock.close()
         until(lambda: not engine.open)
         engine.gate.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "of"),
+    [
+        ("/v1/completions", {"prompt": "ab"}, "_prompts"),
+        ("/v1/completions", {"prompt": "ab", "regex": "a"}, "_formed"),
+        ("/tokenize", {"prompt": "ab"}, "_aside"),
+    ],
+)
+def test_what_waits_for_a_thread_goes_with_its_client(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], of: str
+) -> None:
+    """Its place, and what it holds in memory, too; the thread never sees it."""
+    made: list[Threads] = []
+    monkeypatch.setattr(run_module, "Threads", lambda: made.append(Threads()) or made[0])
+    begin, encoded = Tokenizer.encode, []
+
+    def encode(self: Tokenizer, text: str, **more: Any) -> list[int]:
+        encoded.append(text)
+        return begin(self, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    let = threading.Event()
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        executor = getattr(made[0], of)
+        busy = [executor.submit(let.wait, PATIENCE) for _ in range(executor._max_workers)]
+        app: Any = server.server._app  # type: ignore[union-attr]
+        try:
+            socks = [server.ask(path, body) for _ in range(3)]
+            until(lambda: len(app.under_way) == 3 and executor._work_queue.qsize() == 3)
+            assert app.memory.held
+            socks[0].close()
+            until(lambda: len(app.under_way) == 2)
+            for sock in socks[1:]:
+                sock.close()
+            until(lambda: not len(app.under_way))
+            assert (app.memory.held, app._endpoints.pool._reserved, made[0]._asides) == (0, 0, 0)
+            queued = [executor._work_queue.get() for _ in range(executor._work_queue.qsize())]
+            assert not any(any(item.args) for item in queued)  # nor is it kept there
+            for item in queued:
+                executor._work_queue.put(item)
+        finally:
+            let.set()
+        assert httpx2.post(f"{server.url}/v1/completions", json={"prompt": "ab"}).status_code == 200
+        assert all(one.result() for one in busy)
+        until(lambda: executor._work_queue.empty())
+        assert encoded.count("ab") == 1
 
 
 def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -> None:

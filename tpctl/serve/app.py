@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 import time
@@ -27,7 +28,7 @@ from tpctl.serve.openapi import description
 from tpctl.serve.origins import Headers, Origins
 from tpctl.serve.page import Page
 from tpctl.serve.straight import gone_out
-from tpctl.serve.work import UnderWay
+from tpctl.serve.work import Interruptible, UnderWay
 
 OPEN = frozenset({"/", "/health", "/openapi.json"})
 """Paths that need no key."""
@@ -203,13 +204,25 @@ class _Post:
         with Holding(self._app.memory) as holding:
             body = await self._app.read(scope, receive, holding)
             with self._app.under_way.at_work(scope["path"]) as work:
-                answer = await self._endpoint(body, since, holding)
+                with Interruptible() as preparing:
+                    watching = asyncio.ensure_future(_watch(receive, preparing))
+                    try:
+                        answer = await self._endpoint(body, since, holding)
+                    finally:
+                        watching.cancel()
                 del body
                 work.answer = answer if isinstance(answer, Answered) else None
                 if isinstance(answer, Encoded):
                     holding.prompts(len(answer.body))
                 await answer(scope, receive, send)
                 await gone_out(scope)
+
+
+async def _watch(receive: Receive, preparing: Interruptible) -> None:
+    """An answer that grows has a watch of its own (``Answered``): this is for what comes before, queues included."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    preparing.interrupt(Gone())
 
 
 class _Plain:

@@ -64,7 +64,16 @@ class Threads:
 
 
 async def _run(executor: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    piece = [work, arguments]  # emptied when nobody waits for it any more: a queue keeps what was cancelled
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(executor, _done, piece)
     except TpctlError as error:
         raise ApiError.of(error) from None
+    finally:
+        piece.clear()
+
+
+def _done(piece: list[Any]) -> Any:
+    work, arguments = piece
+    piece.clear()
+    return work(*arguments)

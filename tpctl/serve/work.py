@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 MOST_NAMED = 8
 """Answers that a line names."""
@@ -39,6 +39,30 @@ class Work:
 
     def __str__(self) -> str:
         return self.path if self.answer is None else f"{self.path} {self.answer.described}"
+
+
+class Interruptible:
+    """As a context manager: what the task that enters it does within it can be ended by others, with an error."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+        self._reason: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        task, self._task = self._task, None
+        if self._reason is not None and task is not None:
+            task.uncancel()
+            raise self._reason from None
+
+    def interrupt(self, reason: Exception) -> None:
+        """Have ``reason`` raised where it is waited; nothing once it was left, or of what it does itself."""
+        if self._reason is None and self._task is not None and self._task is not asyncio.current_task():
+            self._reason = reason
+            self._task.cancel()
 
 
 class UnderWay:
