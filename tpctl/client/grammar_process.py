@@ -17,7 +17,9 @@ from tpctl.client.template_worker import NO_MEMORY, frame, receive
 from tpctl.errors import BusyError, RequestError
 from tpctl.wire.guide import Guide
 
-_MOST = 4  # processes, some 30 MB each
+MOST = 4
+"""Processes, some 30 MB each."""
+
 _PATIENCE = 60.0  # seconds beyond a grammar's own: for the start, and for a machine that is busy
 _WAIT = 30.0  # seconds that somebody waits for others' grammars
 
@@ -32,7 +34,7 @@ class GrammarProcesses:
     """Processes, started when they are needed and again after a grammar has ended one. For several threads, and for
     children of this process, which have their own."""
 
-    def __init__(self, most: int = _MOST, wait: float = _WAIT) -> None:
+    def __init__(self, most: int = MOST, wait: float = _WAIT) -> None:
         self._most, self._wait = most, wait
         self._reset()
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Any, TypeVar
 
 from tpctl.client.grammar_process import GrammarProcesses
 from tpctl.client.grammar_text import WHITESPACE, check_installed
@@ -19,15 +21,54 @@ from tpctl.client.reasoning_stream import begins_in_thought
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.harmony import messages
 from tpctl.client.tools.lark import Lark
-from tpctl.errors import RequestError
+from tpctl.errors import RequestError, TpctlError
 from tpctl.wire.guide import BESIDE_TOOLS, Guide
 from tpctl.wire.sampling import SamplingParams
+
+T = TypeVar("T")
 
 _KEPT = 1024
 _known: OrderedDict[bytes, str | None] = OrderedDict()
 """Why grammars are not taken, by a digest: their texts have up to 256 KiB each."""
 _lock = threading.Lock()
 _processes = GrammarProcesses()
+
+Tried = str | TpctlError | None
+"""Why a grammar is not taken, or could not be tried; ``None``: it is taken."""
+
+_found: ContextVar[Mapping[Guide, Tried] | None] = ContextVar("tpctl_found", default=None)
+
+
+class Untried(Exception):
+    """A grammar that would have to be tried first."""
+
+    def __init__(self, guide: Guide) -> None:
+        super().__init__(guide.name)
+        self.guide = guide
+
+
+def without_trials(found: Mapping[Guide, Tried], work: Callable[..., T], *arguments: Any) -> T:
+    """What ``work`` returns, which tries no grammar: that takes no time, and can be done elsewhere.
+
+    Args:
+        found: what was found out for it.
+
+    Raises:
+        Untried: it needs one that is neither known nor among those.
+    """
+    token = _found.set(found)
+    try:
+        return work(*arguments)
+    finally:
+        _found.reset(token)
+
+
+def tried(guide: Guide) -> Tried:
+    """Try a grammar, which is known then, unless that could not be."""
+    try:
+        return _problem(guide)
+    except TpctlError as error:
+        return error
 
 
 def check_guide(guide: Guide | None) -> None:
@@ -90,6 +131,12 @@ def _problem(guide: Guide) -> str | None:
         if key in _known:
             _known.move_to_end(key)
             return _known[key]
+    if (found := _found.get()) is not None:
+        if guide not in found:
+            raise Untried(guide)
+        if isinstance(problem := found[guide], TpctlError):
+            raise problem
+        return problem
     problem = _tried(guide)
     with _lock:
         _known[key] = problem

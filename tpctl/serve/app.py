@@ -35,7 +35,7 @@ OPEN = frozenset({"/", "/health", "/openapi.json"})
 
 _MODELS = "/v1/models/"
 
-Post = Callable[[dict[str, Any], float, Holding], Awaitable[ASGIApp]]
+Post = Callable[[dict[str, Any], float, Holding, str], Awaitable[ASGIApp]]
 
 
 class App:
@@ -200,14 +200,14 @@ class _Post:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        since = time.monotonic()
+        since, (client, _) = time.monotonic(), scope.get("client") or ("", 0)  # none of a Unix socket
         with Holding(self._app.memory) as holding:
             body = await self._app.read(scope, receive, holding)
             with self._app.under_way.at_work(scope["path"]) as work:
                 with Interruptible() as preparing:
                     watching = asyncio.ensure_future(_watch(receive, preparing))
                     try:
-                        answer = await self._endpoint(body, since, holding)
+                        answer = await self._endpoint(body, since, holding, client)
                     finally:
                         watching.cancel()
                 del body

@@ -78,22 +78,28 @@ class Reader:
         self.threads = threads
         self._defaults = defaults
 
-    async def conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
+    async def conversation(self, messages: Any, wanted: Wanted, info: EngineInfo, client: str = "") -> Job:
         """A chat's; its answers are told from what is thought before them.
+
+        Args:
+            client: who asks, as far as that is known: grammars of one wait for each other.
 
         Raises:
             ApiError: it cannot be had.
         """
-        return await self._run(wanted, self._conversation, messages, wanted, info)
+        return await self._run(client, wanted, self._conversation, messages, wanted, info)
 
-    async def texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
+    async def texts(
+        self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo, client: str = ""
+    ) -> list[Job]:
         """Texts' and token ids'. Raises ``ApiError``."""
-        return await self._run(wanted, self._texts, prompts, wanted, info)
+        return await self._run(client, wanted, self._texts, prompts, wanted, info)
 
-    async def _run(self, wanted: Wanted, work: Callable[..., T], *arguments: Any) -> T:
+    async def _run(self, client: str, wanted: Wanted, work: Callable[..., T], *arguments: Any) -> T:
         """By the threads for what is wanted."""
-        formed = wanted.tools is not None or any(wanted.fields.get(name) is not None for name in GUIDES)
-        return await (self.threads.formed if formed else self.threads.prompt)(work, *arguments)
+        if wanted.tools is not None or any(wanted.fields.get(name) is not None for name in GUIDES):
+            return await self.threads.formed(client, work, *arguments)
+        return await self.threads.prompt(work, *arguments)
 
     async def echoed(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts, whose tokens are known to be some."""

@@ -77,15 +77,22 @@ class Endpoints:
             generation.close()
             raise
 
-    async def chat(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
-        """/v1/chat/completions. Raises ``ApiError`` or ``RequestError``, as all of these."""
+    async def chat(self, body: dict[str, Any], since: float, holding: Holding, client: str) -> ASGIApp:
+        """/v1/chat/completions.
+
+        Args:
+            client: the host that asks, with which others take turns (``serve.trials``).
+
+        Raises:
+            ApiError, RequestError: it cannot be had; as all of these.
+        """
         model = self.model(body)
         streaming = Streaming.taken(body)
         messages = _taken(body, "messages")
         wanted = settings(body, chat=True)
         _check_stream(wanted, streaming)
         with self.pool.reserve(wanted.choices) as info:
-            job = await self.reader.conversation(messages, wanted, info)
+            job = await self.reader.conversation(messages, wanted, info, client)
             return self._begun(
                 [job],
                 wanted,
@@ -93,7 +100,7 @@ class Endpoints:
                 lambda generation: ChatWriter(model, [job], generation, self.reader.tokenizer, streaming),
             )
 
-    async def complete(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
+    async def complete(self, body: dict[str, Any], since: float, holding: Holding, client: str) -> ASGIApp:
         """/v1/completions."""
         model = self.model(body)
         streaming = Streaming.taken(body)
@@ -104,7 +111,7 @@ class Endpoints:
         told = PromptLogprobs(wanted.fields.get("prompt_logprobs"), wanted.fields.get("logprobs") if echo else None)
         wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
         with self.pool.reserve(wanted.choices * len(prompts)) as info:
-            jobs = await self.reader.texts(prompts, wanted, info)
+            jobs = await self.reader.texts(prompts, wanted, info, client)
             texts = await self.reader.echoed(prompts) if echo else None
             return self._begun(
                 jobs,
@@ -116,13 +123,13 @@ class Endpoints:
                 2 * (1 + wanted.choices) * sum(map(len, texts or ())),
             )
 
-    async def respond(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
+    async def respond(self, body: dict[str, Any], since: float, holding: Holding, client: str) -> ASGIApp:
         """/v1/responses."""
         model = self.model(body)
         stream = flag(body.pop("stream", False), "stream")
         asked = read_response(body)
         with self.pool.reserve(1) as info:
-            job = await self.reader.conversation(asked.messages, asked.wanted, info)
+            job = await self.reader.conversation(asked.messages, asked.wanted, info, client)
             return self._begun(
                 [job],
                 asked.wanted,
@@ -131,12 +138,12 @@ class Endpoints:
                 asked.size,
             )
 
-    async def tokenize(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
+    async def tokenize(self, body: dict[str, Any], since: float, holding: Holding, client: str) -> ASGIApp:
         """/tokenize."""
         self.model(body)
         return await tokenized(body, self.reader, self._max_model_len)
 
-    async def detokenize(self, body: dict[str, Any], since: float, holding: Holding) -> ASGIApp:
+    async def detokenize(self, body: dict[str, Any], since: float, holding: Holding, client: str) -> ASGIApp:
         """/detokenize."""
         self.model(body)
         return await detokenized(body, self.reader, self._max_model_len)

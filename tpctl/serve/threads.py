@@ -7,8 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
+from tpctl.client.grammar_process import MOST
+from tpctl.client.guides import Tried, Untried, without_trials
 from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
+from tpctl.serve.trials import Trials
+from tpctl.wire.guide import Guide
 
 T = TypeVar("T")
 
@@ -25,22 +29,38 @@ class Threads:
         self._formed = ThreadPoolExecutor(_FORMED, "tpctl-serve-formed")
         self._aside = ThreadPoolExecutor(_ASIDE, "tpctl-serve-aside")
         self._answers = ThreadPoolExecutor(_ANSWERS, "tpctl-serve-answers")
+        self._grammars = ThreadPoolExecutor(MOST, "tpctl-serve-grammars")
+        self._trials = Trials(self._grammars)
         self._asides = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for executor in (self._prompts, self._formed, self._aside, self._answers):
+        for executor in (self._prompts, self._formed, self._grammars, self._aside, self._answers):
             executor.shutdown()
 
     async def prompt(self, work: Callable[..., T], *arguments: Any) -> T:
         """Make prompts of what is asked. Raises ``ApiError`` for what the world has done wrong, as all of these."""
         return await _run(self._prompts, work, *arguments)
 
-    async def formed(self, work: Callable[..., T], *arguments: Any) -> T:
-        """The same where answers are to have a form: to see whether its grammar can be had may take seconds."""
-        return await _run(self._formed, work, *arguments)
+    async def formed(self, client: str, work: Callable[..., T], *arguments: Any) -> T:
+        """The same where answers are to have a form. To see whether its grammar can be had may take seconds, for which
+        the work is left and begun again: where it is known nobody waits for those of others.
+
+        Args:
+            client: whose turn it is to have one tried.
+        """
+        found: dict[Guide, Tried] = {}
+        while True:
+            try:
+                return await _run(self._formed, without_trials, found, work, *arguments)
+            except Untried as one:
+                guide = one.guide
+            try:
+                found[guide] = await self._trials.tried(guide, client)
+            except TpctlError as error:
+                raise ApiError.of(error) from None
 
     async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
         """What is asked beside answers of the model. Raises ``ApiError`` also if there is too much of it."""
