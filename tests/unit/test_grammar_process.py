@@ -61,7 +61,7 @@ def test_what_takes_too_long_or_too_much_is_refused_and_others_go_on(
         assert processes.problem(plain) is None
         (first,) = processes._free
         assert processes.problem(guide(patterns(24))) == (
-            "it takes more than 5 s to compile, which is as much as it may; make it simpler"
+            "it takes more than 2 s to compile, which is as much as it may; make it simpler"
         )
         assert not processes._free and first.returncode is not None
     with monkeypatch.context() as patch:
@@ -197,6 +197,6 @@ def test_a_server_refuses_it_and_answers_others(
         asked = {"prompt": "ab", "response_format": of_schema(patterns(24))}
         for _ in range(2):
             found = error(client.post(TEXT, json=asked), 400)
-            assert found.message.startswith("response_format: it takes more than 5 s to compile")
+            assert found.message.startswith("response_format: it takes more than 2 s to compile")
             assert found.param == "response_format"
         assert client.post(TEXT, json={"prompt": "ab", "regex": "a+"}).status_code == 200
