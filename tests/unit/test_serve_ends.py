@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,17 @@ from tests.unit.fake_engine import FakeEngine
 from tests.unit.running import BODY, PATIENCE, Running, everything, running, talkative, unchunked, until
 from tpctl.cli import serve as cli
 from tpctl.cli.app import app
+from tpctl.client import guides
+from tpctl.client.grammar_process import GrammarProcesses
+from tpctl.client.template import ChatTemplate
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import run as run_module
+from tpctl.serve.errors import ApiError
+from tpctl.serve.metrics import Metrics
+from tpctl.serve.pool import Pool
 from tpctl.serve.run import ServeSettings, serve
 from tpctl.serve.sockets import listen
+from tpctl.wire.guide import of_schema
 from tpctl.wire.settings import EngineConfig
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -110,6 +119,96 @@ def test_an_end_does_not_wait_for_ever(tokenizer: Tokenizer, again: bool) -> Non
     first = rf"/v1/completions {id.decode()} after \d+ tokens"
     assert re.fullmatch(rf"tpctl serve: 9 answers were cut off: {first}, {chats}", cut)
     assert server.failed is None
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def schema(number: int) -> dict[str, Any]:
+    """One whose grammar takes as long as it may."""
+    return of_schema({"type": "string", "allOf": [{"pattern": f"a{n}end{number}"} for n in range(40)]})
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_an_end_does_not_wait_for_what_is_made_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Queues of grammars and of a template that never end; each client is told, and each id is in the log."""
+    processes = GrammarProcesses()
+    monkeypatch.setattr(guides, "_processes", processes)
+    monkeypatch.setattr("tpctl.client.grammar_process.SECONDS", PATIENCE)
+    start, code = subprocess.Popen, "from tpctl.client import {0} as w; w.SECONDS = 600; w.main()"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(argv: list[str], **rest: Any) -> Any:
+        started.append(start([argv[0], "-c", code.format(argv[-1].rpartition(".")[2])], **rest))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    tokenizer = Tokenizer(write_tokenizer(tmp_path), template=ChatTemplate(ENDLESS, {}))
+    with running(tokenizer, FakeEngine(tokenizer), drain=PATIENCE if again else 0.2) as server:
+        socks = [server.ask("/v1/completions", {"prompt": "ab", "response_format": schema(n)}) for n in range(6)]
+        socks += [server.ask("/v1/chat/completions", {"messages": HELLO}) for _ in range(10)]
+        socks += [server.ask("/tokenize", {"messages": HELLO}) for _ in range(4)]
+        app: Any = server.server._app  # type: ignore[union-attr]
+        until(lambda: len(app.under_way) == len(socks) and len(processes._at_work) == 2)
+        assert len(started) > 2 and all(process.poll() is None for process in started)
+        begun = time.monotonic()
+        server.end()
+        if again:
+            server.end()
+        said = [everything(sock) for sock in socks]
+        waited, cut = server.heard()
+        assert not server.thread.is_alive() and time.monotonic() - begun < PATIENCE / 2
+    assert waited.startswith("tpctl serve: 20 requests are under way")
+    assert all(one.startswith(b"HTTP/1.1 503 ") and b'"code":"ended"' in one for one in said)
+    ids = [re.findall(rb"x-request-id: (req-\w{24})\r\n", one)[0].decode() for one in said]
+    assert len(set(ids)) == 20
+    paths = ["/v1/completions"] * 6 + ["/v1/chat/completions"] * 10 + ["/tokenize"] * 4
+    known = {f"{path} {id} before it was begun" for path, id in zip(paths, ids, strict=True)}
+    assert cut.startswith("tpctl serve: 20 answers were cut off: ") and cut.endswith(" and 12 more")
+    assert set(cut.partition("cut off: ")[2].removesuffix(", and 12 more").split(", ")) <= known
+    until(lambda: all(process.poll() is not None for process in started))
+
+
+def test_an_end_that_has_given_up_takes_nothing_more(tokenizer: Tokenizer) -> None:
+    async def scene() -> None:
+        pool = Pool([], Metrics(), most=1)
+        reason = ApiError(503, "ended")
+        with pytest.raises(ApiError) as told, pool.preparing():
+            pool.give_up(reason)  # by what it does itself: it goes on to see what has become of it
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(pool.give_up, reason)
+            await asyncio.sleep(PATIENCE)
+        assert told.value is reason and not pool._preparing
+        await asyncio.sleep(0)  # nor is the task ended
+        with pytest.raises(ApiError), pool.preparing():
+            pytest.fail("it was let in")
+
+    asyncio.run(scene())
+
+
+def test_a_signal_while_engines_end_changes_nothing(tokenizer: Tokenizer) -> None:
+    settings = ServeSettings(("demo",), {"temperature": 1.0})
+    engine, sock = FakeEngine(tokenizer), listen("127.0.0.1", 0)
+    close, kinds, taken = engine.close, (signal.SIGTERM, signal.SIGINT), []
+
+    def closed() -> None:
+        for number in kinds:
+            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+            os.kill(os.getpid(), number)
+        time.sleep(0.1)  # the loop would have taken them
+        taken.append(True)
+        close()
+
+    engine.close = closed  # type: ignore[method-assign]
+    before = [signal.getsignal(number) for number in kinds]
+
+    def ready(info: Any) -> None:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+
+    assert serve([engine], tokenizer, sock, settings, at_once=8, ready=ready, note=print) is None
+    assert taken and engine.closed and [signal.getsignal(number) for number in kinds] == before
 
 
 def test_an_end_that_waits_for_nothing_says_nothing(tokenizer: Tokenizer) -> None:

@@ -40,8 +40,11 @@ class GrammarProcesses:
 
     def _reset(self) -> None:
         self._owner = os.getpid()
-        self._room = threading.BoundedSemaphore(self._most)
+        self._changed = threading.Condition()
+        self._users = 0
+        self._interrupts = 0
         self._free: list[subprocess.Popen[bytes]] = []
+        self._at_work: set[subprocess.Popen[bytes]] = set()
 
     def problem(self, guide: Guide) -> str | None:
         """Why llguidance does not take a grammar; ``None``: it does.
@@ -52,19 +55,41 @@ class GrammarProcesses:
         """
         if self._owner != os.getpid():
             self._reset()
-        if not self._room.acquire(timeout=self._wait):
-            raise BusyError(f"grammars of others have been compiled for {self._wait:.0f} s; try again later")
+        with self._changed:
+            before = self._interrupts
+            if not self._changed.wait_for(lambda: self._users < self._most or self._interrupts > before, self._wait):
+                raise BusyError(f"grammars of others have been compiled for {self._wait:.0f} s; try again later")
+            self._check(before)
+            self._users += 1
         try:
-            found = self._found(guide)
+            found = self._found(guide, before)
         finally:
-            self._room.release()
+            with self._changed:
+                self._users -= 1
+                self._changed.notify()
         if "refused" in found:
             raise RequestError(found["refused"])
         problem = found["problem"]
         assert problem is None or isinstance(problem, str)
         return problem
 
-    def _found(self, guide: Guide) -> dict[str, Any]:
+    def interrupt(self) -> None:
+        """End all processes; whoever waits for one gets a ``BusyError``. Later grammars have others."""
+        with self._changed:
+            self._interrupts += 1
+            self._changed.notify_all()
+            for process in self._at_work:
+                process.kill()
+            free, self._free = self._free, []
+        for process in free:
+            _close(process)
+
+    def _check(self, before: int) -> None:
+        """Raise ``BusyError`` if there was an interrupt since there were so many ``before``."""
+        if self._interrupts > before:
+            raise BusyError("grammars are not tried any more, since this process is ending")
+
+    def _found(self, guide: Guide, before: int) -> dict[str, Any]:
         """A worker's answer, or what stands for one where the grammar has ended its process.
 
         A process that waits may have been ended by anybody, so that its end says nothing of the grammar that it is
@@ -75,12 +100,23 @@ class GrammarProcesses:
                 process, fresh = self._free.pop(), False
             except IndexError:
                 process, fresh = _start(guide), True
-            found = _asked(process, guide)
-            if found is not None and not found.get("worn"):
-                self._free.append(process)
+            with self._changed:
+                self._at_work.add(process)
+                if self._interrupts > before:  # while it was started
+                    process.kill()
+            try:
+                found = _asked(process, guide)
+            finally:
+                with self._changed:
+                    self._at_work.remove(process)
+                    kept = found is not None and not found.get("worn") and self._interrupts == before
+                    if kept:
+                        self._free.append(process)
+            if kept and found is not None:
                 return found
             code = None if found is not None else _code(process)
             _close(process)
+            self._check(before)
             if found is not None:
                 return found
             if code == -signal.SIGPROF:  # its timer is not set while it waits

@@ -63,6 +63,11 @@ def without_trials(found: Mapping[Guide, Tried], work: Callable[..., T], *argume
         _found.reset(token)
 
 
+def interrupt() -> None:
+    """End what other threads have tried, and what they wait for; they get a ``BusyError``."""
+    _processes.interrupt()
+
+
 def tried(guide: Guide) -> Tried:
     """Try a grammar, which is known then, unless that could not be."""
     try:

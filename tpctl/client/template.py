@@ -112,6 +112,10 @@ class ChatTemplate:
         texts = iter(answer.get("texts") or [None] * len(ready))
         return [None if own is None else next(texts) for own in inputs]
 
+    def interrupt(self) -> None:
+        """End what other threads have it do, and what they wait for; they get a ``BusyError``."""
+        self._process.interrupt()
+
     def _inputs(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None, add_prompt: bool
     ) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class TemplateProcesses:
         self._changed = threading.Condition()
         self._all = [TemplateProcess()]
         self._free = list(self._all)
+        self._interrupts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +53,14 @@ class TemplateProcesses:
         for process in self._all:
             process.close()
 
+    def interrupt(self) -> None:
+        """End what other threads have done, and what they wait for; they get a ``BusyError``."""
+        with self._changed:
+            self._interrupts += 1
+            self._changed.notify_all()
+            for process in self._all:
+                process.interrupt()
+
     @contextmanager
     def _one(self) -> Iterator[TemplateProcess]:
         with self._changed:
@@ -65,14 +74,20 @@ class TemplateProcesses:
                 self._changed.notify()
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + self._patience
-        while not self._free:
+        deadline, before = time.monotonic() + self._patience, self._interrupts
+
+        def over() -> bool:
+            return bool(self._free) or self._interrupts > before
+
+        while not over():
             left = deadline - time.monotonic()
             if left <= 0:
                 raise BusyError(
                     f"the chat template has been at work for others for {self._patience:.0f} s; try again later"
                 )
             more = len(self._all) < self._most
-            if not self._changed.wait_for(lambda: self._free, min(left, _SOON) if more else left) and more:
+            if not self._changed.wait_for(over, min(left, _SOON) if more else left) and more:
                 self._all.append(TemplateProcess())
                 self._free.append(self._all[-1])
+        if self._interrupts > before:
+            raise BusyError("the chat template is not run any more, since this process is ending")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tpctl.children import python_environment
 from tpctl.client.template_worker import MEMORY, NO_MEMORY, SECONDS, frame, receive
-from tpctl.errors import EngineError
+from tpctl.errors import BusyError, EngineError
 
 _PATIENCE = 60.0  # seconds beyond a request's own: for the start, and for a machine that is busy
 
@@ -31,6 +31,7 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._source: str | None = None  # what the process has compiled
         self._waited = False  # whether the process has answered, and waited for more
+        self._interrupts = self._before = 0  # now, and when what is done was begun
         self._process: subprocess.Popen[bytes] | None = self._start()
 
     def __enter__(self) -> Self:
@@ -63,6 +64,12 @@ class TemplateProcess:
         with self._lock:
             return self._again(rendered)
 
+    def interrupt(self) -> None:
+        """End what another thread has it do; that gets a ``BusyError``."""
+        self._interrupts += 1
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process. May be called again; a later request starts another one."""
         process, self._process, self._source, self._waited = self._process, None, None, False
@@ -81,16 +88,23 @@ class TemplateProcess:
         One that waits may have been ended by anybody, so that its end says nothing of what it is asked next: a fresh
         process is, once.
         """
-        waited = self._waited
+        waited, self._before = self._waited, self._interrupts
         try:
             return work()
         except _Ended as ended:
+            self._check()
             if not waited or ended.code == -signal.SIGALRM:  # which is not set while it waits
                 return _end(ended.code)
         try:
             return work()
         except _Ended as ended:
+            self._check()
             return _end(ended.code)
+
+    def _check(self) -> None:
+        """Raise ``BusyError`` if there was an interrupt."""
+        if self._interrupts > self._before:
+            raise BusyError("the chat template is not run any more, since this process is ending")
 
     def _compile(self, source: str) -> dict[str, Any]:
         self._source = None
@@ -103,6 +117,7 @@ class TemplateProcess:
         """Raises ``_Ended`` if there is no answer."""
         if self._process is None:
             self._process = self._start()
+        self._check()
         answer = ended = None
         try:
             answer = self._exchange(self._process, frame(request))

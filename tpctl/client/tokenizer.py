@@ -155,6 +155,11 @@ class Tokenizer:
                 raise
         return self._template
 
+    def interrupt(self) -> None:
+        """End what other threads have the chat template do, and what they wait for; they get a ``BusyError``."""
+        if self._template is not None:
+            self._template.interrupt()
+
     def encode(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of plain text, with the tokens the model wants around it (usually a first BOS).
 

@@ -35,6 +35,9 @@ OPEN = frozenset({"/", "/health", "/openapi.json"})
 
 _MODELS = "/v1/models/"
 
+_WORK = "tpctl.work"
+"""Where a request's scope has its ``Work``."""
+
 Post = Callable[[dict[str, Any], float, Holding, str], Awaitable[ASGIApp]]
 
 
@@ -42,6 +45,7 @@ class App:
     """An ASGI application. Everything but ``OPEN`` needs a key, where there are some.
 
     Attributes:
+        pool: the engines that the endpoints have.
         memory: what requests hold.
         under_way: requests whose bodies are being answered, until the answers have gone out.
     """
@@ -66,6 +70,7 @@ class App:
             note: tells whoever runs the server of what should not have happened.
         """
         self._endpoints = endpoints
+        self.pool = endpoints.pool
         self._keys = [key.encode() for key in api_keys]
         self._origins = Origins(origins)
         self._max_body = max_body
@@ -126,7 +131,7 @@ class App:
                 await self._refuse(error, scope, dated)
             else:  # where an answer has begun, its end is the connection's
                 self.failed(error, scope)
-        self._endpoints.pool.metrics.answered(self._path(scope["path"]), status, since)
+        self.pool.metrics.answered(self._path(scope["path"]), status, since)
 
     def _path(self, path: str) -> str:
         """What a path is counted as: the names of models are anybody's."""
@@ -148,7 +153,7 @@ class App:
         return given(await read_object(scope, receive, self._max_body, holding, self._body_seconds))
 
     async def _metrics(self, request: Request) -> Any:
-        pool = self._endpoints.pool
+        pool = self.pool
         body = pool.metrics.exposition(await pool.stats(), pool.under_way)
         return _Plain(body)
 
@@ -171,7 +176,8 @@ class App:
             error = ApiError(error.status_code, said, allow=(error.headers or {}).get("Allow"))
         elif not isinstance(error, ApiError):
             error = self.failed(error, scope)
-        await refused(error, send)
+        work = scope.get(_WORK)
+        await refused(error, send, [] if work is None else [(b"x-request-id", work.id.encode())])
 
     def tell(self, said: str, scope: Scope) -> None:
         """Tell whoever runs the server of a request."""
@@ -204,7 +210,8 @@ class _Post:
         with Holding(self._app.memory) as holding:
             body = await self._app.read(scope, receive, holding)
             with self._app.under_way.at_work(scope["path"]) as work:
-                with Interruptible() as preparing:
+                scope[_WORK] = work
+                with self._app.pool.preparing() as preparing:
                     watching = asyncio.ensure_future(_watch(receive, preparing))
                     try:
                         answer = await self._endpoint(body, since, holding, client)

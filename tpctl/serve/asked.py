@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from tpctl.client import guides
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.fields import FieldError, asked_as, flag, given, refuse
@@ -100,6 +101,11 @@ class Reader:
         if wanted.tools is not None or any(wanted.fields.get(name) is not None for name in GUIDES):
             return await self.threads.formed(client, work, *arguments)
         return await self.threads.prompt(work, *arguments)
+
+    def interrupt(self) -> None:
+        """End what the threads wait for in other processes."""
+        self.tokenizer.interrupt()
+        guides.interrupt()
 
     async def echoed(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts, whose tokens are known to be some."""

@@ -22,6 +22,7 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
 from tpctl.serve.lane import Engine, Lane
 from tpctl.serve.metrics import Metrics
+from tpctl.serve.work import Interruptible
 from tpctl.wire.messages import Request
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.sampling import SamplingParams
@@ -77,6 +78,8 @@ class Pool:
         self.most = most
         self._on_failure = on_failure
         self._closed = False
+        self._preparing: set[Interruptible] = set()
+        self._given_up: ApiError | None = None
         self._reserved = 0
         self._numbers = itertools.count()
         self._lanes = [Lane(engine, metrics, self.fail) for engine in engines]
@@ -150,6 +153,23 @@ class Pool:
         finally:
             self._reserved -= count
 
+    @contextmanager
+    def preparing(self) -> Iterator[Interruptible]:
+        """While the task that enters it makes a request ready, or an answer that needs no engine: ``give_up`` ends
+        that, too.
+
+        Raises:
+            ApiError: it has been called, now or before.
+        """
+        if self._given_up is not None:
+            raise self._given_up
+        with Interruptible() as one:
+            self._preparing.add(one)
+            try:
+                yield one
+            finally:
+                self._preparing.remove(one)
+
     def begin(
         self, jobs: Sequence[Job], interval: int = 1, hold: Callable[[int], None] | None = None, each: int = 0
     ) -> Generation:
@@ -187,7 +207,10 @@ class Pool:
             self._on_failure(reason)
 
     def give_up(self, reason: ApiError) -> None:
-        """End what is under way."""
+        """End what is under way, and all that comes."""
+        self._given_up = reason
+        for one in list(self._preparing):
+            one.interrupt(reason)
         for generation in {one for lane in self._lanes for one, _ in lane.open.values()}:
             generation.fail(reason)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +86,12 @@ def serve(
     before = gc.get_threshold()
     gc.freeze()  # what imports have left is visited by no collection
     gc.set_threshold(_GARBAGE, 20, 20)
+    handlers = {number: signal.getsignal(number) for number in _signals()}
     try:
         failure, early = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note, signalled))
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # a loop leaves the system's, which end this process at once
         gc.set_threshold(*before)
         gc.unfreeze()
     if failure is not None:
@@ -118,7 +123,8 @@ async def _serve(
         on_failure=failed,
     )
     with Threads() as threads:
-        endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
+        reader = Reader(tokenizer, settings.defaults, threads)
+        endpoints = Endpoints(pool, reader, settings.names, settings.interval)
         app = App(
             endpoints,
             api_keys=settings.api_keys,
@@ -133,9 +139,18 @@ async def _serve(
         try:
             await server.serve([sock])
         finally:
+            for number in _signals():  # what they ask for is under way, and takes the engines some seconds at most
+                asyncio.get_running_loop().add_signal_handler(number, lambda: None)
             starting.cancel()
+            threads.drop()
+            reader.interrupt()
             await pool.close()
     return pool.failure, server.early
+
+
+def _signals() -> tuple[signal.Signals, ...]:
+    """Those that a server is ended by; other threads than the first are told of none."""
+    return (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
 
 async def _tell(pool: Pool, ready: Callable[[EngineInfo], object], note: Callable[[str], object]) -> None:

@@ -22,7 +22,7 @@ MOST_ASIDE = 256
 
 
 class Threads:
-    """As a context manager it waits for what is under way."""
+    """As a context manager it drops what waits, and waits for what is under way."""
 
     def __init__(self) -> None:
         self._prompts = ThreadPoolExecutor(_PROMPTS, "tpctl-serve-prompts")
@@ -31,14 +31,21 @@ class Threads:
         self._answers = ThreadPoolExecutor(_ANSWERS, "tpctl-serve-answers")
         self._grammars = ThreadPoolExecutor(MOST, "tpctl-serve-grammars")
         self._trials = Trials(self._grammars)
+        self._all = (self._prompts, self._formed, self._grammars, self._aside, self._answers)
         self._asides = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for executor in (self._prompts, self._formed, self._grammars, self._aside, self._answers):
+        self.drop()
+        for executor in self._all:
             executor.shutdown()
+
+    def drop(self) -> None:
+        """Do nothing more than what is under way."""
+        for executor in self._all:
+            executor.shutdown(wait=False, cancel_futures=True)
 
     async def prompt(self, work: Callable[..., T], *arguments: Any) -> T:
         """Make prompts of what is asked. Raises ``ApiError`` for what the world has done wrong, as all of these."""

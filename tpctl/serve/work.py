@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 MOST_NAMED = 8
@@ -27,10 +28,16 @@ class Growing(Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """A request to ``path`` whose body has been read; ``answer``: what comes of it, once an engine is at it."""
+    """A request to ``path`` whose body has been read.
+
+    Attributes:
+        answer: what comes of it, once an engine is at it.
+        id: what it is called until then.
+    """
 
     path: str
     answer: Growing | None = None
+    id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
 
     @property
     def complete(self) -> bool:
@@ -38,7 +45,8 @@ class Work:
         return self.answer is not None and self.answer.complete
 
     def __str__(self) -> str:
-        return self.path if self.answer is None else f"{self.path} {self.answer.described}"
+        said = f"{self.id} before it was begun" if self.answer is None else self.answer.described
+        return f"{self.path} {said}"
 
 
 class Interruptible:
