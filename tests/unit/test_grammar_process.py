@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.fake_client import write_tokenizer
+from tests.unit.running import until
 from tests.unit.serving import served
 from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
@@ -129,6 +131,67 @@ def test_a_grammar_that_ends_its_process_is_told_so(
     assert str(processes.problem(Guide("regex", "a", "regex"))).startswith(said)
 
 
+_PARENT = """
+import subprocess, sys, threading
+from tpctl.client import grammar_process, template_process
+start = subprocess.Popen
+def popen(argv, **rest):
+    code = f"from {argv[-1].rpartition('.')[0]} import {argv[-1].rpartition('.')[2]} as w; w.SECONDS = 600; w.main()"
+    process = start([argv[0], "-c", code], **rest)
+    print(process.pid, flush=True)
+    return process
+subprocess.Popen = popen
+from tpctl.wire.guide import Guide
+schema = '{"type": "string", "allOf": [%s]}' % ", ".join('{"pattern": "a%d"}' % n for n in range(40))
+loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+processes, template = grammar_process.GrammarProcesses(), template_process.TemplateProcess()
+threading.Thread(target=processes.problem, args=(Guide("json", schema, "x"),)).start()
+threading.Thread(target=template.render, args=(loop, {}, [{"messages": []}])).start()
+"""
+
+
+def test_what_is_at_work_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        try:
+            until(lambda: all(_seconds(pid) > 1 for pid in workers))  # they have started, and do what never ends
+        finally:
+            parent.kill()
+    until(lambda: not any(map(_runs, workers)))
+
+
+def test_it_is_the_system_that_ends_what_is_at_work() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tpctl.client.grammar_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(frame(guide(patterns(40))._asdict()))
+        process.stdin.flush()
+        until(lambda: _seconds(process.pid) > 0.7)  # of which it takes less to start; its own limit is 2 more
+        process.stdin.close()
+        assert process.wait(PATIENCE) in (-signal.SIGIO, 1)  # the second where it was slow to start
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc says behind a process' name; nothing: there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _runs(pid: int) -> bool:
+    return bool(found := _stat(pid)) and found[0] != "Z"
+
+
+def _seconds(pid: int) -> float:
+    """Of the processor, that a process has used."""
+    found = _stat(pid)
+    assert found, "it has ended before its parent"
+    return sum(map(int, found[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_one_that_has_taken_much_is_not_used_again(
     processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +217,19 @@ def test_nobody_waits_for_ever(processes: GrammarProcesses, monkeypatch: pytest.
         assert ApiError.of(busy.value).status == 503
         let.set()
         assert [one.result(PATIENCE) for one in waiting] == [None, None]
+
+
+def test_whoever_is_interrupted_leaves_no_process(processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_process, "receive", interrupted)
+        for _ in range(3):  # more than there are places
+            with pytest.raises(KeyboardInterrupt):
+                processes.problem(Guide("regex", "a", "regex"))
+    assert not processes._free and not processes._at_work
+    assert processes.problem(Guide("regex", "a", "regex")) is None
 
 
 def test_a_child_has_processes_of_its_own(processes: GrammarProcesses, monkeypatch: pytest.MonkeyPatch) -> None:

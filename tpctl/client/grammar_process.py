@@ -104,6 +104,7 @@ class GrammarProcesses:
                 self._at_work.add(process)
                 if self._interrupts > before:  # while it was started
                     process.kill()
+            found = None
             try:
                 found = _asked(process, guide)
             finally:

@@ -20,7 +20,7 @@ from typing import Any
 from tpctl.client.deep_threads import deep_thread, said
 from tpctl.client.grammar_text import grammar_text, parser_limits
 from tpctl.client.schema_words import named, unenforced
-from tpctl.client.template_worker import NO_MEMORY, frame, limit_memory, receive
+from tpctl.client.template_worker import NO_MEMORY, frame, limit_memory, receive, tied
 from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 
@@ -82,7 +82,8 @@ def _serve() -> None:
     fresh = _resident()
     while (request := receive(sys.stdin.buffer)) is not None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        found = answer(request)
+        with tied():
+            found = answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         data = memoryview(frame({**found, "worn": _resident() > fresh + _WORN}))
         while data:

@@ -9,12 +9,15 @@ Requests and answers are JSON objects, each behind its length in four bytes; see
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -191,6 +194,30 @@ def limit_memory(more: int) -> None:
             continue
 
 
+@contextmanager
+def tied() -> Iterator[None]:
+    """While a request is answered: when the other end of standard input closes, this process ends, which reads nothing
+    meanwhile.
+
+    By the system, since what is at work may let no other thread run: SIGIO comes when more is sent, which nobody does
+    before there is an answer, or when nobody is there any more (fcntl(2), O_ASYNC). A parent-death signal would come
+    at the end of the parent's thread that started this.
+    """
+    flags = fcntl.fcntl(0, fcntl.F_GETFL)
+    with suppress(OSError):
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC)
+    now = select.poll()
+    now.register(0, 0)
+    if now.poll(0):  # before it was told
+        os._exit(1)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.fcntl(0, fcntl.F_SETFL, flags)
+
+
 def main() -> None:
     """Answer requests until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this process
@@ -208,7 +235,8 @@ def main() -> None:
 def _serve(worker: Worker, requests: IO[bytes], answers: IO[bytes]) -> None:
     while (request := receive(requests)) is not None:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        answer = worker.answer(request)
+        with tied():
+            answer = worker.answer(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         data = memoryview(frame(answer))
         while data:
