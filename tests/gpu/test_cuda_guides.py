@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.engine.guiding.guides import Guides
+from tpctl.engine.guiding.mask_threads import Finding, MaskThreads
+from tpctl.engine.guiding.walk import Walk, Words
+from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.wire.messages import Add, Output, Request
+from tpctl.wire.messages import Add, Message, Output, Request
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
@@ -38,12 +43,18 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
 @pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
 @pytest.mark.usefixtures("replayed")
 def test_forms_and_prompts_log_probabilities(
-    settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+    settings: dict[str, Any],
+    late: bool,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside requests that the device samples alone, which come as they would without."""
+    """Beside requests that the device samples alone, which come as they would without, also where no mask is there in
+    time: each token is then computed twice."""
     keys: list[Hashable] = request.getfixturevalue("replayed")
     model: Any = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE, vocab_size=300, eos_token_id=256, bos_token_id=298)
     write_tokenizer(tmp_path / "hf")
@@ -58,6 +69,10 @@ def test_forms_and_prompts_log_probabilities(
     params["told"] = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=2)
     guides = Guides(Grammars(tmp_path / "hf"))
     values: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 16, "max_num_seqs": 6, "max_model_len": 96}
+    arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    guides.may_leave_out(arrived.put)
+    if late:
+        _hold_masks(monkeypatch)
     config = EngineConfig(tmp_path / "tp1", 1, **values, max_num_batched_tokens=24, **settings)
     engine = Engine(config, TPGroup(0, 1, CPU), guides)
     requests = [Request(id, prompts[id], one) for id, one in params.items()]
@@ -69,9 +84,12 @@ def test_forms_and_prompts_log_probabilities(
     for step in range(60):
         if step == 2:
             engine.apply(Add([*requests[:3], requests[4]]))
+        while not arrived.empty() or (late and step > 2 and engine.scheduler.left_out and not engine.has_work):
+            for output in engine.apply(arrived.get(timeout=30)):
+                outputs[output.id].append(output)
         for output in engine.step():
             outputs[output.id].append(output)
-    assert not engine.has_work
+    assert not engine.has_work and not engine.scheduler.left_out
     engine.scheduler.check_integrity()
     tokenizer = Tokenizer(tmp_path / "hf")
     for id, (_, pattern) in FORMS.items():
@@ -88,3 +106,24 @@ def test_forms_and_prompts_log_probabilities(
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
     assert any(key[-1] is HOST for key in keys) == ("enforce_eager" not in settings)  # type: ignore[index]
+
+
+def _hold_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each mask be found once its sequence was left out."""
+    left: dict[tuple[str, int], threading.Event] = {}
+    mask, leave = Walk.mask, MaskThreads.leave
+
+    def of(item: ScheduledSequence) -> threading.Event:
+        return left.setdefault((item.sequence.id, item.num_generated), threading.Event())
+
+    def held(walk: Walk, item: ScheduledSequence, words: Words) -> str | None:
+        assert of(item).wait(30)
+        return mask(walk, item, words)
+
+    def leaves(threads: MaskThreads, finding: Finding) -> bool:
+        late = leave(threads, finding)
+        of(finding.item).set()
+        return late
+
+    monkeypatch.setattr(Walk, "mask", held)
+    monkeypatch.setattr(MaskThreads, "leave", leaves)

@@ -15,7 +15,7 @@ from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.scheduler import Scheduler
-from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, Sequence
 from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.wire.messages import Request
@@ -155,8 +155,15 @@ def alone(prompt: list[int], params: SamplingParams, max_model_len: int) -> list
     return tokens[len(prompt) :]
 
 
-def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: dict[int, str]) -> dict[str, list[int]]:
-    """Run to the end, one step ahead of the results if ``overlap``; what each request produced."""
+def drive(
+    scheduler: Scheduler,
+    requests: list[Request],
+    overlap: bool,
+    aborts: dict[int, str],
+    late: random.Random | None = None,
+) -> dict[str, list[int]]:
+    """Run to the end, one step ahead of the results if ``overlap``, with some rows ``late`` if not; what each request
+    produced."""
     cache = CACHES.setdefault(scheduler, Cache(scheduler))
     known = {r.id: list(r.token_ids) for r in requests}
     found: dict[str, list[int]] = {r.id: [] for r in requests}
@@ -164,8 +171,11 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
         assert scheduler.add(request) is None
     pending: list[tuple[ScheduledBatch, list[int]]] = []
     for step in range(10_000):
-        if not scheduler.has_work and not pending:
+        if not scheduler.has_work and not pending and not scheduler.left_out:
             break
+        for id in list(scheduler.left_out):
+            if late is not None and late.random() < 0.3:
+                scheduler.found(id, None)
         if step in aborts:
             scheduler.abort(aborts[step])
         batch = scheduler.schedule()
@@ -175,11 +185,14 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
             assert all(item.is_decode == (row < batch.num_decodes) for row, item in enumerate(batch.items))
             sampled = cache.run(batch, known)
             assert len(sampled) == batch.num_sampled
+            if late is not None and not overlap:
+                sampled = [LATE if late.random() < 0.2 else token for token in sampled]
             rows = iter(sampled)
             for item in batch.sampled:
                 tokens = known[item.sequence.id]
                 del tokens[item.places.start :]
-                tokens += verified(item.drafts, list(islice(rows, len(item.places))))
+                came = list(islice(rows, len(item.places)))
+                tokens += verified(item.drafts, came) if came[0] != LATE else []
             pending.append((batch, sampled))
         if pending and (not overlap or len(pending) > 1 or batch is None):
             for output in scheduler.commit(*pending.pop(0)):
@@ -215,7 +228,7 @@ DRAWN = {
 
 
 def drive_at_random(
-    scheduler: Scheduler, rng: random.Random, *, overlap: bool, abort: bool, broken: bool
+    scheduler: Scheduler, rng: random.Random, *, overlap: bool, abort: bool, broken: bool, late: bool = False
 ) -> tuple[list[Request], dict[str, list[int]]]:
     """Requests of any kind, some beginning alike, some aborted or broken, have the answers that each has alone."""
     prefix = [rng.randrange(3, 9) for _ in range(9)]
@@ -228,7 +241,7 @@ def drive_at_random(
         params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
         requests.append(Request(str(index), prompt, params))
     aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
-    found = drive(scheduler, requests, overlap, aborts)
+    found = drive(scheduler, requests, overlap, aborts, rng if late else None)
     for request in requests:
         expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
         if BROKEN in request.token_ids:

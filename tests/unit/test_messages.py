@@ -12,6 +12,7 @@ from tpctl.wire.messages import (
     Abort,
     Add,
     Fatal,
+    Found,
     GetStats,
     Message,
     Output,
@@ -53,6 +54,7 @@ infos = st.builds(EngineInfo, timings=st.dictionaries(st.text(), st.floats(allow
 messages = st.one_of(
     st.builds(Add, st.lists(st.builds(Request, st.text(), ids, sampling, scoring), max_size=3)),
     st.builds(Abort, st.lists(st.text(), max_size=3)),
+    st.builds(Found, st.text(), st.none() | st.text()),
     st.sampled_from([GetStats(), Stop()]),
     st.builds(Ready, infos),
     st.builds(Outputs, st.lists(outputs, max_size=3)),

@@ -13,7 +13,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.bias import add_bias
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
-from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
+from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, REFUSED
 from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.partition.cuts import Range, Vocab
 from tpctl.wire.sampling import SamplingParams
@@ -295,12 +295,13 @@ def test_only_what_a_mask_allows_is_chosen_on_any_rank(tp_size: int) -> None:
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
-def test_masked_rows_may_be_broken_or_refused(tp_size: int) -> None:
-    logits = torch.randn(4, VOCAB)
+def test_masked_rows_may_be_broken_refused_or_late(tp_size: int) -> None:
+    logits = torch.randn(5, VOCAB)
     logits[1, 250] = float("nan")
     logits[2] = float("-inf")
     ways = [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)]
     for params in ways:
-        masks = [allowing([5, 6], refused=True), allowing([7]), allowing([8]), allowing([299])]
+        masks = [allowing([5, 6], refused=True), allowing([7]), allowing([8]), allowing([299]), allowing([9])]
+        masks[4][-1] = 2
         rows = [SamplingRow(params, 3, allowed=mask) for mask in masks]
-        assert sample(logits, rows, tp_size)[0] == [REFUSED, NOT_FINITE, NOT_FINITE, 299]
+        assert sample(logits, rows, tp_size)[0] == [REFUSED, NOT_FINITE, NOT_FINITE, 299, LATE]

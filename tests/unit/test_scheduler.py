@@ -19,11 +19,12 @@ from tpctl.wire.sampling import SamplingParams
 
 
 @settings(max_examples=80, deadline=None)
-@given(**DRAWN, overlap=st.booleans())
+@given(**DRAWN, overlap=st.booleans(), late=st.booleans())
 def test_batched_equals_alone(
     seed: int,
     num_blocks: int,
     overlap: bool,
+    late: bool,
     budget: int,
     abort: bool,
     border: int,
@@ -34,7 +35,7 @@ def test_batched_equals_alone(
     rng = random.Random(seed)
     scheduler = make(num_blocks, budget=budget, states=states, layout=layout)
     scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
-    drive_at_random(scheduler, rng, overlap=overlap, abort=abort, broken=broken)
+    drive_at_random(scheduler, rng, overlap=overlap, abort=abort, broken=broken, late=late)
 
 
 def test_small_cache_preempts_and_evicts() -> None:

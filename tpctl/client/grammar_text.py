@@ -51,7 +51,12 @@ def grammar_text(guide: Guide) -> str:
 
 
 def parser_limits() -> LLParserLimits:
-    """What a grammar may take: some 100 MB and, at a step, some tens of milliseconds, at most."""
+    """What a grammar may take: some 100 MB. What it takes at a step they bound loosely.
+
+    Of a parser's items each is looked for among those of its row, and how many a row gets is not bounded while it
+    is made: 50,000 items, llguidance's own limit, may take 10 s, 20,000 take 2. An object of 490 fields that may be
+    absent, more than which make a row too long, needs over 10,000.
+    """
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=50_000, step_max_items=20_000, verbose_errors=False)

@@ -21,7 +21,7 @@ from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.speculation import NgramDrafter, Speculation
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.layers.attention.select import choose_backend
-from tpctl.wire.messages import Abort, Add, Message, Output
+from tpctl.wire.messages import Abort, Add, Found, Message, Output
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
@@ -73,7 +73,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has anything left to do."""
+        """Whether ``step`` has anything left to do now. There may be requests that are left out until a ``Found``."""
         return self.scheduler.has_work or self._pending is not None
 
     def apply(self, message: Message) -> list[Output]:
@@ -83,6 +83,8 @@ class Engine:
             outputs = [self.scheduler.add(request) for request in message.requests]
         elif isinstance(message, Abort):
             outputs = [self.scheduler.abort(id) for id in message.ids]
+        elif isinstance(message, Found):
+            outputs = [self.scheduler.found(message.id, message.problem)]
         return self._told([output for output in outputs if output is not None])
 
     def patience(self) -> float:
@@ -170,7 +172,7 @@ class Engine:
             device_memory=self.runner.device_memory(),
             reserved_memory=self.runner.reserved_memory(),
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self.scheduler.left_out),
             draft_tokens=0 if self.speculation is None else self.speculation.drafted,
             accepted_tokens=0 if self.speculation is None else self.speculation.accepted,
             held_steps=0 if launches is None else launches.held_steps,

@@ -26,7 +26,7 @@ from tpctl.engine.guiding.gate import Gate
 from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.lost_hosts import Peer, leave_after, own_peer, watch
 from tpctl.wire.channel import Channel, ChannelClosed
-from tpctl.wire.messages import Message, Stop, from_wire
+from tpctl.wire.messages import Message, Stop, from_wire, to_wire
 
 ARRIVAL = 0.5e-3
 """Seconds by which a step that takes in requests is launched earlier: what the host does for them comes on top."""
@@ -43,6 +43,7 @@ class Leader:
         self._gate = Gate(guides, lambda message, text: self._inbox.put((message, text)), channel.send)
         self._inbox: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()  # each beside its JSON
         self._ending = threading.Event()
+        guides.may_leave_out(self._tell)
         self._followers: list[Channel] = []
         for connection, peer in _accept_followers(group):
             self._followers.append(Channel(connection))
@@ -71,6 +72,10 @@ class Leader:
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
+
+    def _tell(self, message: Message) -> None:
+        """Of this process to all ranks, this one among them. Any thread."""
+        self._inbox.put((message, json.dumps(to_wire(message)).encode()))
 
     def _listen(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
     command line -> rank 0      Add, Abort, GetStats, Stop
     rank 0 -> command line      Progress, Ready, Outputs, Stats, Fatal
+    rank 0 -> all ranks         Found
 
 Add and Abort travel on from rank 0 to every other rank, tagged with the step at which all of them apply it.
 """
@@ -41,6 +42,15 @@ class Add:
 @dataclass(frozen=True)
 class Abort:
     ids: list[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which tokens may come next is known for a request that was left out until then; or it has to end, for a
+    ``problem``."""
+
+    id: str
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Fatal:
     message: str
 
 
-Message = Add | Abort | GetStats | Stop | Progress | Ready | Outputs | Stats | Fatal
+Message = Add | Abort | Found | GetStats | Stop | Progress | Ready | Outputs | Stats | Fatal
 
 
 def to_wire(message: Message) -> list[Any]:
@@ -189,6 +199,7 @@ _READERS: dict[str, Callable[[Any], Message]] = {
     "Add": _read_add,
     "Outputs": lambda body: Outputs([_read_output(*fields) for fields in body]),
     "Abort": lambda body: Abort(**body),
+    "Found": lambda body: Found(**body),
     "GetStats": lambda body: GetStats(),
     "Stop": lambda body: Stop(),
     "Progress": lambda body: Progress(**body),

@@ -69,6 +69,9 @@ class Gate:
             self._pass_on(message, text)
 
     def _hold(self, request: Request, guide: Guide) -> None:
+        if (problem := self._guides.refused(request)) is not None:
+            self._send(Outputs([Output(request.id, [], "error", problem)]))
+            return
         made = self._guides.grammars.kept(guide)
         try:
             self._start_threads(make=made is None)

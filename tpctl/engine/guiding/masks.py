@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
-from tpctl.engine.guiding.guides import Guides, Words
+from tpctl.engine.guiding.guides import Guides
+from tpctl.engine.guiding.mask_threads import Finding
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 
 
@@ -19,8 +19,7 @@ class PendingMasks:
     """Of a step: which sequences have grammars, by their ids, and on rank 0 what is being found for them."""
 
     ids: list[str]
-    words: Words | None = None
-    futures: list[Future[None]] | None = None
+    found: list[Finding] | None = None
 
 
 class Masks:
@@ -39,20 +38,19 @@ class Masks:
         pending = PendingMasks([item.sequence.id for item in items])
         if self._group.rank == 0:
             assert self.guides is not None
-            pending.words = np.empty((len(items), self._width), dtype=np.uint32)
-            pending.futures = self.guides.begin(items, pending.words)
+            pending.found = self.guides.begin(items, self._width - 1)
         return pending
 
     def finish(self, pending: PendingMasks | None) -> dict[str, Tensor]:
         """What was found (collective where there is something), by sequence: int32 [W + 1] on the device, as
-        ``SamplingRow.allowed`` has it."""
+        ``SamplingRow.allowed`` has it. Waits for ``PATIENCE`` seconds at most."""
         if pending is None:
             return {}
         device = self._group.device
-        if pending.words is None or pending.futures is None:
+        if pending.found is None:
             words = torch.empty((len(pending.ids), self._width), dtype=torch.int32, device=device)
         else:
-            for future in pending.futures:
-                future.result()
-            words = torch.from_numpy(pending.words.view(np.int32)).to(device)
+            assert self.guides is not None
+            rows = self.guides.finish(pending.found)
+            words = torch.from_numpy(rows.view(np.int32)).to(device)
         return dict(zip(pending.ids, self._group.broadcast(words).unbind(0), strict=True))

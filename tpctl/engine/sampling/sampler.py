@@ -22,7 +22,7 @@ from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.penalties import penalize
-from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
+from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, REFUSED
 from tpctl.engine.scheduling.token_counts import TokenCounts
 from tpctl.partition.cuts import Range
 from tpctl.wire.report import TokenLogprob
@@ -36,7 +36,7 @@ class SamplingRow:
     ``position`` is the place in the sequence that the sampled token will take; ``counts`` are of the tokens before it
     but for ``drafts``, the last ones (read only where a penalty is set). ``banned``: tokens that may not come here.
     ``allowed``: int32 [W + 1] on the device: a bit for each token of the vocabulary, the lowest first, that may come
-    here, then 0; or not 0, where none can be chosen.
+    here, then 0; or 1, where none can be chosen; or 2, where it is not known yet.
     """
 
     params: SamplingParams
@@ -85,7 +85,7 @@ class Sampler:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
 
         A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``; one of which ``allowed`` says
-        that none can be chosen, ``REFUSED``.
+        that none can be chosen, ``REFUSED``, or not yet, ``LATE``.
 
         Args:
             logits_RV: this rank's logits in any float dtype, padding columns included.
@@ -127,7 +127,7 @@ class Sampler:
         else:
             best, ids = self._sampled_best(logits, rows)
         token_ids = self._winners(best, ids)
-        tokens: list[int] = (token_ids if refused is None else token_ids.masked_fill(refused, REFUSED)).tolist()
+        tokens: list[int] = (token_ids if refused is None else torch.where(refused < 0, refused, token_ids)).tolist()
         if all(p.logprobs is None for p in params):
             return tokens, None
         wanted = [p.logprobs for p in params]
@@ -183,7 +183,8 @@ class Sampler:
             logits[at] = torch.where(values < float("inf"), float("-inf"), values)
 
     def _mask(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> Tensor:
-        """Let only allowed tokens win in the rows ``which``, in place; of all rows, bool [R], which have none."""
+        """Let only allowed tokens win in the rows ``which``, in place; of all rows, int64 [R], ``REFUSED`` or ``LATE``
+        where none is to be chosen, else 0."""
         words = torch.stack([allowed for index in which if (allowed := rows[index].allowed) is not None])
         at = torch.tensor(which, device=logits.device)
         if self.real:
@@ -191,8 +192,8 @@ class Sampler:
             # NaN and infinity stay: they tell that the row is broken.
             out = ~held_bits(words, self.first, self.real) & (values < float("inf"))
             logits[at] = values.masked_fill(out, float("-inf"))
-        refused = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
-        refused[at] = words[:, -1] != 0
+        refused = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+        refused[at] = torch.tensor([0, REFUSED, LATE], device=logits.device)[words[:, -1].long()]
         return refused
 
     def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ which its keys were to be rotated as they are (long RoPE).
 A sequence whose scores are not finite ends with "error", and its blocks are found by nobody any more. If it had read
 blocks that another one computed, it is first computed again without them: that one may be to blame.
 
+A sequence whose grammar takes long to say what may come next is left out: it gives up its blocks, as if preempted, and
+waits for nothing that this process knows, until ``found`` says that it may go on.
+
 A step may be started before the results of the one before it are known (``Sequence.num_in_flight``): ``schedule`` and
 ``commit`` then overlap by one step, and a sequence that turns out to have ended costs one wasted row.
 """
@@ -29,7 +32,7 @@ from tpctl.engine.scheduling.drafting import Drafting
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.refusal import refusal
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED, Sequence
+from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, REFUSED, Sequence
 from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.wire.messages import Output, Request
@@ -109,6 +112,7 @@ class Scheduler:
         self.pacer = None if pace is None else Pacer(pace, blocks.room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
+        self.left_out: dict[str, Sequence] = {}  # by id; they hold no blocks
         self.drafting: Drafting | None = None
         if speculation is not None:
             self.drafting = Drafting(
@@ -127,8 +131,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._by_id)
+        """Whether any request is unfinished, but for those that are left out."""
+        return len(self._by_id) > len(self.left_out)
 
     def add(self, request: Request) -> Output | None:
         """Queue a request; an ``Output`` with "error" if it cannot be served."""
@@ -158,6 +162,18 @@ class Scheduler:
             return None
         self._finish(sequence)
         return Output(id, [], "abort")
+
+    def found(self, id: str, problem: str | None) -> Output | None:
+        """Let a sequence go on that was left out, or end for a ``problem``. It may have ended before."""
+        sequence = self.left_out.get(id)
+        if sequence is None:
+            return None
+        if problem is not None:
+            self._finish(sequence)
+            return Output(id, [], "error", problem)
+        del self.left_out[id]
+        self.waiting.insert(0, sequence)
+        return None
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
@@ -208,6 +224,10 @@ class Scheduler:
                 self._finish(sequence)
                 outputs.append(Output(sequence.id, [], "error", sequence.problem))
                 continue
+            if token_ids[row] == LATE:
+                self._stop_running(sequence)
+                self.left_out[sequence.id] = sequence
+                continue
             came = list(verified(item.drafts, token_ids[row:end])) if item.drafts else [token_ids[row]]
             broken = came[-1] == NOT_FINITE
             if broken:
@@ -256,8 +276,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
-        assert all(not sequence.block_tables for sequence in self.waiting), "a waiting sequence holds blocks"
-        assert set(self._by_id) == set(self.running) | {s.id for s in self.waiting}, "a request is lost"
+        waiting = [*self.waiting, *self.left_out.values()]
+        assert all(not sequence.block_tables for sequence in waiting), "a waiting sequence holds blocks"
+        assert set(self._by_id) == set(self.running) | {s.id for s in waiting}, "a request is lost"
         self.blocks.check_integrity(list(self.running.values()))
         if self.states is not None:
             self.states.check_integrity(list(self.running.values()))
@@ -423,7 +444,7 @@ class Scheduler:
             self.drafting.speculation.forget(sequence)
         if self.running.pop(sequence.id, None) is not None:
             self._release(sequence)
-        else:
+        elif self.left_out.pop(sequence.id, None) is None:
             self.waiting.remove(sequence)
 
 

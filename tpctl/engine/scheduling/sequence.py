@@ -13,6 +13,9 @@ NOT_FINITE = -2
 REFUSED = -3
 """What stands for the token of a row that has a grammar and can be given none; why, rank 0's sequence says."""
 
+LATE = -4
+"""What stands for the token of a row that has a grammar which does not say yet what may come."""
+
 GONE = -1
 """In a block table: what no later token sees, of a pool whose layers have a window."""
 
