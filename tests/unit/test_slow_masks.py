@@ -240,7 +240,7 @@ def until(met: Callable[[], object]) -> None:
 
 
 def test_slow_masks_take_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grammars that were quick still have one. A new one is refused, and taken once some thread is done."""
+    """Grammars that were quick still have one. A new one waits until some thread is done, but not for ever."""
     monkeypatch.setattr(mask_threads, "affinity_cores", lambda: 2)
     told: list[Message] = []
     threads = MaskThreads()
@@ -257,19 +257,23 @@ def test_slow_masks_take_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyP
     again, new = finding(FakeWalk(quick=True), "known"), finding(FakeWalk(quick=True), "new")
     for one in (new, again):
         threads.begin(one, 1)
-    assert again.done.result(FAR) is None and new.done.result(FAR) == BUSY
+    assert again.done.result(FAR) is None and threads.leave(new)
+    monkeypatch.setattr(mask_threads, "_WAIT", 0.1)
+    assert new.done.result(FAR) == BUSY
+    monkeypatch.undo()
+    later = finding(FakeWalk(quick=True), "later")
+    threads.begin(later, 1)
+    assert threads.leave(later)
     like = finding(FakeWalk(quick=True), "slow 0")
     threads.begin(like, 1)
     assert threads.leave(like)
     slow[0].walk.let.set()  # type: ignore[attr-defined]
-    until(lambda: len(told) == 2)
-    assert told == [Found("slow 0"), Found("slow 0")]
-    later = finding(FakeWalk(quick=True), "new")
-    threads.begin(later, 1)
-    assert later.done.result(FAR) is None
+    until(lambda: len(told) == 4)
+    assert told[:2] == [Found("new", BUSY), Found("slow 0")] and {Found("slow 0"), Found("later")} == set(told[1:])
+    assert len(told) == 4 and later.done.result(FAR) is None
     for one in slow:
         one.walk.let.set()  # type: ignore[attr-defined]
-    until(lambda: len(told) == 1 + len(slow) and not threads._slow)
+    until(lambda: len(told) == 3 + len(slow) and not threads._slow)
 
 
 def test_a_grammar_that_fails_before_its_first_token_is_tried_once(shards: dict[int, Path]) -> None:

@@ -7,7 +7,8 @@ until it is, or until it has taken ``LIMIT`` seconds: then the request ends, and
     queue ──► a thread ── there in time ──────────────────────────────► finish: the step's
       ▲          │ └───── left out, there later ──► tell: Found ──► the sequence goes on
       │          └─ after _LONG seconds another thread takes its place, _MOST_SLOW times at most
-      └── parked: others' masks of the same grammar, meanwhile
+      └── parked: others' masks of the same grammar, meanwhile; and, while no more may take a place, those of grammars
+          that have not been quick before
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class MaskThreads:
         self._threads = 0
         self._slow: dict[Guide, int] = {}  # threads that were replaced and are still at work
         self._parked: dict[Guide, list[Finding]] = {}
+        self._unproven: list[Finding] = []  # of grammars that have not been quick yet, while too many are slow
         self._running: set[Finding] = set()
         self._left: set[Finding] = set()
         self._quick: OrderedDict[Guide, str] = OrderedDict()
@@ -169,7 +171,7 @@ class MaskThreads:
             self._parked.setdefault(guide, []).append(finding)
             return False
         if self._are_slow and guide not in self._quick:
-            self._settle(finding, BUSY)
+            self._unproven.append(finding)
             return False
         finding.begun_at, finding.thread = time.monotonic(), threading.get_ident()
         finding.before = _taken(finding)
@@ -183,11 +185,13 @@ class MaskThreads:
 
     def _free(self, guide: Guide) -> None:
         """A thread that was replaced ends; locked."""
+        again, self._unproven = self._unproven, []
         self._slow[guide] -= 1
         if not self._slow[guide]:
             del self._slow[guide]
-            for finding in self._parked.pop(guide, ()):
-                self._work.put(finding)
+            again += self._parked.pop(guide, [])
+        for finding in again:
+            self._work.put(finding)
 
     def _settle(self, finding: Finding, problem: str | None) -> None:
         """Say what has become of a mask, once; locked."""
