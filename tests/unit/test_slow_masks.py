@@ -309,3 +309,21 @@ def grammars_bytes(folder: Path) -> list[bytes]:
     from tpctl.client.tokenizer import Tokenizer
 
     return list(TokenBytes(Tokenizer(folder), 300).tokens)
+
+
+def test_without_room_for_the_thread_that_watches_no_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, walk = MaskThreads(), FakeWalk()
+    threads.tell = [].append
+    one = finding(walk, "slow")
+    threads.begin(one, 1)
+    assert walk.started.wait(FAR)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert not threads.leave(one)
+    assert threads.leave(one)
+    walk.let.set()
+    assert one.done.result(FAR) is None

@@ -104,15 +104,18 @@ class MaskThreads:
         self._work.put(finding)
 
     def leave(self, finding: Finding) -> bool:
-        """Leave its sequence out, unless the mask has come."""
+        """Leave its sequence out, unless the mask has come, or there is no thread that would end it."""
         with self._lock:
             if finding.done.done():
                 return False
+            if not self._watcher:
+                try:
+                    threading.Thread(target=self._watch, daemon=True, name="tpctl-guide-watch").start()
+                except RuntimeError:
+                    return False
+                self._watcher = True
             finding.left_at = time.monotonic()
             self._left.add(finding)
-            if not self._watcher:
-                threading.Thread(target=self._watch, daemon=True, name="tpctl-guide-watch").start()
-                self._watcher = True
             self._watched.set()
         return True
 
