@@ -11,6 +11,7 @@ from tests.unit.fake_client import engine_info, engine_stats
 from tpctl.client.router import Mailbox, Router, Sink
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, TpctlError
+from tpctl.wire.guide import BUSY
 from tpctl.wire.messages import Abort, Add, Output, Request
 from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 
@@ -112,6 +113,9 @@ class FakeEngine:
         if self._tokenizer.decode(request.token_ids).endswith("break"):
             del self.open[id]
             return Output(id, [], "error", "the scores are not finite")
+        if (guide := request.sampling.guide) is not None and "slow" in guide.text:
+            del self.open[id]
+            return Output(id, [], "error", BUSY)
         if (guide := request.sampling.guide) is not None and "stuck" in guide.text:
             del self.open[id]
             return Output(id, [], "error", f"{guide.name}: the grammar has no text that could follow")

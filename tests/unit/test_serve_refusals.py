@@ -295,6 +295,13 @@ def test_a_model_without_a_template_has_completions_alone(tmp_path: Path) -> Non
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
 
 
+def test_a_form_for_which_an_engine_has_no_time_may_be_asked_for_again(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        found = client.post(TEXT, json={"prompt": "a", "regex": "slow"})
+        assert error(found, 503).code == "busy" and found.headers["retry-after"] == "1"
+        assert not server.notes
+
+
 @pytest.mark.parametrize("characters", [600, 100_000])
 def test_what_is_too_long_is_said_with_its_code(tokenizer: Tokenizer, characters: int) -> None:
     """Also of what is so long that it is not tokenised."""

@@ -22,12 +22,12 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.guiding import mask_threads
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.engine.guiding.guides import Guides
-from tpctl.engine.guiding.mask_threads import BUSY, TOO_LONG, Finding, MaskThreads
+from tpctl.engine.guiding.mask_threads import TOO_LONG, Finding, MaskThreads
 from tpctl.engine.guiding.walk import Walk, Words
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence as EngineSequence
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.wire.guide import Guide, of_schema
+from tpctl.wire.guide import BUSY, Guide, of_schema
 from tpctl.wire.messages import Abort, Add, Found, Message, Output, Request, from_wire, to_wire
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig

@@ -11,7 +11,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
 from tpctl.serve.memory import UNTOLD
-from tpctl.wire.guide import Guide, cannot_be_had
+from tpctl.wire.guide import BUSY, Guide, cannot_be_had
 from tpctl.wire.messages import Output
 
 _STEP = 1 << 16
@@ -249,7 +249,10 @@ class Generation:
 
 
 def _failure(message: str, guide: Guide | None) -> ApiError:
-    """What an engine failed at: a form that the model has no text for is the request's fault."""
+    """What an engine failed at: a form that the model has no text for is the request's fault, and where others' forms
+    take all its time nobody's."""
+    if message == BUSY:
+        return ApiError(503, message, code="busy", retry_after=1)
     if guide is not None and cannot_be_had(message, guide):
         return ApiError(400, message, param=guide.field)
     return ApiError(500, message)

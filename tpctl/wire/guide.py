@@ -45,6 +45,10 @@ class Guide(NamedTuple):
         return "tools" if self.name.endswith(BESIDE_TOOLS) or self.name == STRICT else self.name
 
 
+BUSY = "other requests' grammars take all threads that there are for slow ones; try again later"
+"""What an engine says that had no time for a new grammar."""
+
+
 def cannot_be_had(message: str, guide: Guide | None) -> bool:
     """Whether an engine could not answer since the model has no text of the form ``guide`` that was asked for: its
     message then begins with the form's name."""

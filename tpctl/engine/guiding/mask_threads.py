@@ -27,7 +27,7 @@ from tpctl.cores import affinity_cores
 from tpctl.engine.guiding.walk import Walk, Words
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.errors import RequestError
-from tpctl.wire.guide import Guide
+from tpctl.wire.guide import BUSY, Guide
 from tpctl.wire.messages import Found, Message
 
 PATIENCE = 0.04
@@ -46,7 +46,6 @@ _KEPT = 256  # grammars that are known to be quick, or not to be had
 TOO_LONG = (
     f"to find which tokens may come next takes more than {LIMIT:.0f} s, which is as much as it may; make it simpler"
 )
-BUSY = "other requests' grammars take all threads that there are for slow ones; try again later"
 
 
 class Finding:
