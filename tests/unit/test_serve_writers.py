@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 import threading
@@ -211,3 +212,19 @@ def test_what_comes_before_the_prompt_s_log_probabilities_waits_for_them(tokeniz
     assert generation._tell() == [] and said(1, reason="length") == []
     assert said(0, [TokenLogprob(-0.25, [])]) == [(1, "abc"), (1, "x"), (1, "x"), (1, "x"), (0, "abc"), (0, "x")]
     assert said(0, reason="length") == [(0, "x")]
+
+
+def test_what_comes_while_a_thread_writes_is_told_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop may take in a prompt's log-probabilities between any two looks at whether they are there."""
+    one = job(tokenizer, "abc", answers=2)
+    one.sampling = [replace(sampling, logprobs=0) for sampling in one.sampling]
+    generation = Generation(one.streams, lambda: None, answers=2)
+    writer = TextWriter(["abc"], PromptLogprobs(None, 0), False, "demo", [one], generation, tokenizer, Streaming(True))
+    told = [TokenLogprob(-0.5, [])]
+    for _ in range(3):
+        generation.push(1, Output("1", tokenizer.encode("x"), None, None, told))
+    looks = itertools.chain([False], itertools.repeat(True))
+    monkeypatch.setattr(writer, "_known", lambda _: next(looks))
+    one.streams[0].prompt_logprobs = [TokenLogprob(-0.25, []), TokenLogprob(-0.25, [])]
+    lines = (writer.pieces(generation._tell()) + writer.pieces([])).decode().splitlines()
+    assert [json.loads(line[6:])["choices"][0]["text"] for line in lines if line] == ["abc", "x", "x", "x"]

@@ -61,15 +61,17 @@ class TextWriter(ChunkWriter):
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         if self._echoed is not None:  # an answer's first token may come before that of the one that has them
             pieces = [*self._early, *pieces]
-            self._early = [one for one in pieces if not self._known(one)]
-            pieces = [one for one in pieces if self._known(one)]
+            # Asked once for each prompt: a thread may do this while the event loop takes in what comes.
+            known = {prompt: self._known(prompt) for prompt in {one.at // self._each for one in pieces}}
+            self._early = [one for one in pieces if not known[one.at // self._each]]
+            pieces = [one for one in pieces if known[one.at // self._each]]
         if self._scored:
             pieces = [one._replace(segments=[], tokens=0, finish_reason=_cut(one.finish_reason)) for one in pieces]
         return super().pieces(pieces)
 
-    def _known(self, piece: Piece) -> bool:
-        """Whether the log-probabilities of its prompt are there: the first answer's token comes behind them."""
-        return bool(self._jobs[piece.at // self._each].streams[0].token_ids)
+    def _known(self, prompt: int) -> bool:
+        """Whether the log-probabilities of a prompt are there: the first answer's token comes behind them."""
+        return bool(self._jobs[prompt].streams[0].token_ids)
 
     def usage(self) -> dict[str, Any]:
         found = super().usage()
