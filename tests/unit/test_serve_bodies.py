@@ -204,6 +204,18 @@ def test_what_stands_in_a_string_is_no_value(text: str) -> None:
     assert (found.strings, found.containers) == (201, 102)
 
 
+@pytest.mark.parametrize("digits", ["7" * 65, "0." + "3" * 65, "0" * 65 + "e-300", "1e" + "0" * 65])
+def test_numbers_have_so_many_digits_and_no_more(digits: str) -> None:
+    """A body of long ones would hold the event loop for 0.8 s."""
+    with Holding(Memory()) as share:
+        with pytest.raises(ApiError, match="a number of more than 64 digits in a row; round it") as refused:
+            read([b'{"prompt": "a", "seed": [1, ' + digits.encode() + b"]}"], share)
+        assert refused.value.status == 400
+    texts = {"prompt": ["7" * 100, '\\"' + "7" * 100, "é\\" + "0" * 1000], "seed": int("7" * 64), "top_p": 0.1}
+    with Holding(Memory()) as share:
+        assert read([json.dumps(texts).encode()], share) == texts
+
+
 def test_a_body_has_so_many_values_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(raw: bytes) -> str:
         with Holding(Memory(1 << 40)) as share, pytest.raises(ApiError) as found:

@@ -2,7 +2,8 @@
 
 Decoding takes longest, and most memory, where JSON is many small values: 16 MiB of ``[],[],…`` take 1.4 s and 380 MB.
 msgspec decodes in one call that lets no other thread run, so a thread of its own would not help the event loop. Signs
-are counted by methods of ``bytes`` instead, of 16 MiB in 0.01 to 0.1 s.
+are counted by methods of ``bytes`` instead, of 16 MiB in 0.01 to 0.1 s. Numbers of hundreds of digits take long, too,
+up to 0.8 s for 16 MiB, and say nothing that a float64 holds: none has more than ``MOST_DIGITS`` in a row.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from tpctl.serve.errors import ApiError
 MOST_VALUES = 1 << 18
 """Strings, arrays and objects of a body: some times those of 2,048 messages and 1,024 tools; decoded in 0.1 s."""
 
+MOST_DIGITS = 64
+"""In a row, of a number: more than a float64 or any integer that is asked for has."""
+
 _STRING, _CONTAINER, _ITEM = 64, 200, 40
 """Bytes of each beside a string's characters, as CPython has them: of a container with one item, and of each item more,
 with the number that it may be."""
 
 _SIGNS = bytes(set(range(256)) - set(b'"[{,'))
+_DIGITS = bytes(48 if 48 <= sign < 58 else 32 for sign in range(256))
 _WIDEST = [bytes([lead]) for lead in range(0xF0, 0xF5)] + [b"\\ud", b"\\uD"]
 """What characters that take 4 bytes begin with, in UTF-8 and as escapes."""
 
@@ -34,11 +39,17 @@ class Weight:
 
     @classmethod
     def of(cls, raw: bytes) -> Self:
-        """Of JSON in UTF-8; of what is none, anything. Raises ``ApiError`` for more than ``MOST_VALUES``."""
+        """Of JSON in UTF-8; of what is none, anything.
+
+        Raises:
+            ApiError: it has more than ``MOST_VALUES``, or a number of more than ``MOST_DIGITS``.
+        """
         unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
         signs = unescaped.translate(None, _SIGNS)
         _check(strings := signs.count(b'"') // 2)  # before each makes a piece
         outside = b"".join(signs.split(b'"')[::2])
+        if b"0" * (MOST_DIGITS + 1) in b" ".join(unescaped.split(b'"')[::2]).translate(_DIGITS):
+            raise ApiError(400, f"the body has a number of more than {MOST_DIGITS} digits in a row; round it")
         containers = outside.count(b"[") + outside.count(b"{")
         _check(strings + containers)
         items = outside.count(b",")
