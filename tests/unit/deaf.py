@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from tpctl.serve import server, sockets
+from tpctl.serve import connection, sockets
 
 _ATTACH_FILTER = 26  # SO_ATTACH_FILTER, which Python has no name for
 
@@ -24,7 +24,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_PROBE_AFTER", "_PROBE_EVERY", "_PROBES"):
         monkeypatch.setattr(sockets, name, 1)
     monkeypatch.setattr(sockets, "_SILENT_SECONDS", 2.0)
-    monkeypatch.setattr(server, "LOOK_SECONDS", 0.25)
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.25)
 
 
 def doublings(sock: socket.socket) -> int:

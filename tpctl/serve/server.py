@@ -6,26 +6,17 @@ import asyncio
 import contextlib
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpctl.errors import TpctlError
 from tpctl.serve.app import App
+from tpctl.serve.connection import HEAD_SECONDS, Connection
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
-from tpctl.serve.sockets import BACKLOG, LOOK_SECONDS, Peer
-from tpctl.serve.straight import STATE
+from tpctl.serve.sockets import BACKLOG
 from tpctl.serve.work import Work, named
-
-HEAD_SECONDS = 30.0
-"""In which the head of a request has to arrive, and between two requests of a connection."""
-
-_AHEAD = 1 << 16
-"""Bytes that are taken in while a request is under way that stands before them."""
 
 
 class Server(uvicorn.Server):
@@ -50,7 +41,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_protocol(),
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -148,56 +139,3 @@ class Server(uvicorn.Server):
 
 def _answers(count: int) -> str:
     return "1 answer was" if count == 1 else f"{count} answers were"
-
-
-def _protocol() -> type[asyncio.Protocol]:
-    """Uvicorn's with h11, whichever else is installed, with three changes.
-
-    The head of a request has a limit of time, else whoever sends half of one stays. A connection goes on being read
-    when something comes behind a request that is under way, else nobody sees that it ends. And one whose other end does
-    not answer any more is ended, while one that only takes nothing is kept.
-    """
-
-    class Protocol(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-        _next_look: asyncio.TimerHandle
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            # The scopes of its requests have a copy of it. It holds no circle, which only a collection would end.
-            self.app_state: dict[str, Any] = {STATE: weakref.ref(self)}
-            self._peer = Peer(transport.get_extra_info("socket"))
-            self._look_again()
-            self._look()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            under_way = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
-            if under_way and self.flow.read_paused and len(self.conn.trailing_data[0]) < _AHEAD:
-                self.flow.resume_reading()
-            self._look()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._next_look.cancel()
-            super().connection_lost(exc)
-
-        def _look(self) -> None:
-            idle = self.cycle is None or self.cycle.response_complete
-            if not idle and self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-            elif idle and self._deadline is None:
-                self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
-
-        def _look_again(self) -> None:
-            self._next_look = self.loop.call_later(LOOK_SECONDS, self._look_at_peer)
-
-        def _look_at_peer(self) -> None:
-            with contextlib.suppress(OSError):  # it has been lost, which is told next
-                if self._peer.gone(self.loop.time()):
-                    return self.transport.abort()
-            return self._look_again()
-
-    return Protocol
