@@ -220,13 +220,8 @@ class Scheduler:
             sequence.num_in_flight -= 1
             if sequence.finished:
                 continue
-            if token_ids[row] == REFUSED:
-                self._finish(sequence)
-                outputs.append(Output(sequence.id, [], "error", sequence.problem))
-                continue
-            if token_ids[row] == LATE:
-                self._stop_running(sequence)
-                self.left_out[sequence.id] = sequence
+            if token_ids[row] in (REFUSED, LATE):
+                outputs += self._unguided(sequence, token_ids[row])
                 continue
             came = list(verified(item.drafts, token_ids[row:end])) if item.drafts else [token_ids[row]]
             broken = came[-1] == NOT_FINITE
@@ -239,6 +234,15 @@ class Scheduler:
                 outputs += self._take_back(sequence)
         assert end == len(token_ids)
         return outputs
+
+    def _unguided(self, sequence: Sequence, why: int) -> list[Output]:
+        """Stop a sequence that has no mask: for good, or until there is one."""
+        if why == REFUSED:
+            self._finish(sequence)
+            return [Output(sequence.id, [], "error", sequence.problem)]
+        self._stop_running(sequence)
+        self.left_out[sequence.id] = sequence
+        return []
 
     def _take(
         self,
