@@ -50,7 +50,8 @@ def wrong(schemas: list[tuple[str, Schema]], answers: list[Completion]) -> list[
 def mask_costs(llm: LLM, folder: Path, schemas: list[tuple[str, Schema]], answers: list[Completion]) -> list[float]:
     """Microseconds of CPU time of each mask, with what it takes to follow the token before."""
     grammars = Grammars(folder)
-    grammars.suit(llm.tokenizer.backend.get_vocab_size(), sorted({answer.token_ids[-1] for answer in answers[:1]}))
+    ends = {answer.token_ids[-1] for answer in answers if answer.finish_reason == "stop"}
+    grammars.suit(llm.tokenizer.backend.get_vocab_size(), sorted(ends))
     found = []
     for (_, schema), answer in zip(schemas, answers, strict=True):
         guide = SamplingParams(response_format=of_schema(schema)).guide
@@ -92,7 +93,7 @@ def main() -> None:
         print(
             f"a mask: median {statistics.median(found):.0f} µs, 90% {at[0]:.0f}, 99% {at[1]:.0f}, most {found[-1]:.0f}"
         )
-    raise SystemExit(bool(bad))
+    raise SystemExit(bool(bad) or not reasons["stop"])
 
 
 if __name__ == "__main__":
