@@ -88,12 +88,14 @@ def main() -> None:
         print(f"{len(schemas)} schemas, {tokens} tokens in {seconds:.1f} s: {dict(reasons)}")
         bad = wrong(schemas, answers)
         print(f"{len(bad)} answers that ended with stop are not valid", *bad, sep="\n")
+        if not reasons["stop"]:
+            raise SystemExit("no answer ended with stop: nothing was shown")
         found = sorted(mask_costs(llm, folder, schemas, answers))
         at = [found[min(len(found) - 1, int(len(found) * share))] for share in (0.9, 0.99)]
         print(
             f"a mask: median {statistics.median(found):.0f} µs, 90% {at[0]:.0f}, 99% {at[1]:.0f}, most {found[-1]:.0f}"
         )
-    raise SystemExit(bool(bad) or not reasons["stop"])
+    raise SystemExit(bool(bad))
 
 
 if __name__ == "__main__":
