@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BOUNDED = ("uvicorn", "starlette", "msgspec", "prometheus-client", "llguidance")
+BOUNDED = ("uvicorn", "h11", "starlette", "msgspec", "prometheus-client", "llguidance")
 
 
 def asked() -> dict[str, set[str]]:
