@@ -19,7 +19,7 @@ from tests.unit.running import until
 from tests.unit.serving import served
 from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
-from tpctl.client import grammar_process, guides
+from tpctl.client import grammar_process, guides, worker_process
 from tpctl.client.grammar_process import GrammarProcesses
 from tpctl.client.template_worker import frame, receive
 from tpctl.client.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def processes() -> Any:
     made = GrammarProcesses(most=2, wait=0.1)
     yield made
     for process in made._free:
-        grammar_process._close(process)
+        grammar_process.close(process)
 
 
 def smaller(patch: pytest.MonkeyPatch, **limits: float) -> None:
@@ -224,7 +224,7 @@ def test_whoever_is_interrupted_leaves_no_process(processes: GrammarProcesses, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(grammar_process, "receive", interrupted)
+        patch.setattr(worker_process, "receive", interrupted)
         for _ in range(3):  # more than there are places
             with pytest.raises(KeyboardInterrupt):
                 processes.problem(Guide("regex", "a", "regex"))
@@ -238,7 +238,7 @@ def test_a_child_has_processes_of_its_own(processes: GrammarProcesses, monkeypat
     monkeypatch.setattr(os, "getpid", lambda: 0)
     assert processes.problem(Guide("regex", "a", "regex")) is None
     assert ours not in processes._free and len(processes._free) == 1 and ours.poll() is None
-    grammar_process._close(ours)
+    grammar_process.close(ours)
 
 
 def test_where_no_process_can_be_started_the_request_is_refused(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 from typing import Any
 
-from tpctl.children import python_environment
 from tpctl.client.grammar_worker import MEMORY, SECONDS
-from tpctl.client.template_worker import NO_MEMORY, frame, receive
+from tpctl.client.template_worker import NO_MEMORY
+from tpctl.client.worker_process import close, exchange, how, start
 from tpctl.errors import BusyError, RequestError
 from tpctl.wire.guide import Guide
 
@@ -82,7 +80,7 @@ class GrammarProcesses:
                 process.kill()
             free, self._free = self._free, []
         for process in free:
-            _close(process)
+            close(process)
 
     def _check(self, before: int) -> None:
         """Raise ``BusyError`` if there was an interrupt since there were so many ``before``."""
@@ -116,7 +114,7 @@ class GrammarProcesses:
             if kept and found is not None:
                 return found
             code = None if found is not None else _code(process)
-            _close(process)
+            close(process)
             self._check(before)
             if found is not None:
                 return found
@@ -128,31 +126,18 @@ class GrammarProcesses:
 
 def _start(guide: Guide) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tpctl.client.grammar_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=python_environment(os.environ),
-            start_new_session=True,  # Ctrl-C at the terminal is for the command
-        )
+        return start("tpctl.client.grammar_worker")
     except OSError as error:
         raise RequestError(f"{guide.name}: cannot start {sys.executable} for it: {error.strerror}") from None
 
 
 def _asked(process: subprocess.Popen[bytes], guide: Guide) -> dict[str, Any] | None:
     """The worker's answer; ``None``: it has ended, or says nothing, or whoever asked was interrupted."""
-    assert process.stdin is not None and process.stdout is not None
     try:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(frame(guide._asdict()))
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], SECONDS + _PATIENCE)[0]:
-                return receive(process.stdout)
+        return exchange(process, guide._asdict(), SECONDS + _PATIENCE)
     except BaseException:
-        _close(process)
+        close(process)
         raise
-    return None
 
 
 def _code(process: subprocess.Popen[bytes]) -> int | None:
@@ -171,22 +156,9 @@ def _problem(code: int | None, guide: Guide) -> str:
     """
     if code in (-signal.SIGABRT, NO_MEMORY):  # Rust ends so without memory
         return _TOO_LARGE
-    how = "said nothing" if code is None else f"ended ({_named(code)})"
+    end = "said nothing" if code is None else f"ended ({how(code)})"
     if code is None or -code not in _ITS_OWN:
         raise BusyError(
-            f"{guide.name}: the process that compiled it {how}, for which it need not be the reason; try again"
+            f"{guide.name}: the process that compiled it {end}, for which it need not be the reason; try again"
         )
-    return f"the process that compiled it {how}"
-
-
-def _named(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(BrokenPipeError):  # what it was not told any more stands in the buffer
-                stream.close()
+    return f"the process that compiled it {end}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from tpctl.children import python_environment
-from tpctl.client.template_worker import MEMORY, NO_MEMORY, SECONDS, frame, receive
+from tpctl.client.template_worker import MEMORY, NO_MEMORY, SECONDS
+from tpctl.client.worker_process import close, exchange, how, start
 from tpctl.errors import BusyError, EngineError
 
 _PATIENCE = 60.0  # seconds beyond a request's own: for the start, and for a machine that is busy
@@ -75,12 +73,7 @@ class TemplateProcess:
         process, self._process, self._source, self._waited = self._process, None, None, False
         if process is None:
             return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):  # what it was not told any more stands in the buffer
-                    stream.close()
+        close(process)
 
     def _again(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Work, and what stands for its answer where a template has ended the process.
@@ -120,7 +113,7 @@ class TemplateProcess:
         self._check()
         answer = ended = None
         try:
-            answer = self._exchange(self._process, frame(request))
+            answer = exchange(self._process, request, SECONDS + _PATIENCE)
         finally:
             if answer is None:  # it ended, or Ctrl-C came between a request and its answer
                 ended = self._process.poll()
@@ -133,26 +126,9 @@ class TemplateProcess:
         return answer
 
     @staticmethod
-    def _exchange(process: subprocess.Popen[bytes], data: bytes) -> dict[str, Any] | None:
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(data)
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], SECONDS + _PATIENCE)[0]:
-                return receive(process.stdout)
-        return None
-
-    @staticmethod
     def _start() -> subprocess.Popen[bytes]:
         try:
-            return subprocess.Popen(
-                [sys.executable, "-m", "tpctl.client.template_worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=python_environment(os.environ),
-                start_new_session=True,  # Ctrl-C at the terminal is for the command
-            )
+            return start("tpctl.client.template_worker")
         except OSError as error:
             raise EngineError(f"cannot start {sys.executable} for the chat template: {error.strerror}") from None
 
@@ -171,8 +147,7 @@ def _end(code: int | None) -> dict[str, Any]:
         return {"failed": "time", "message": ""}
     if code in (-signal.SIGKILL, NO_MEMORY):  # the first is the kernel's, where a whole machine has none left
         return {"failed": "memory", "message": ""}
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return {"failed": "error", "message": f"its process ended ({how})"}
+    return {"failed": "error", "message": f"its process ended ({how(code)})"}
 
 
 LIMITS = {"time": f"took more than {SECONDS:.0f} s", "memory": f"took more than {MEMORY >> 20} MB"}
