@@ -10,12 +10,13 @@ import torch
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.unit.random_codes import random_codes
 from tpctl.arch.block import Clamped
+from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.experts.coded_experts import CodedExperts
 from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.dense_matrix import DenseMatrix
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices, experts_reference, shared_reference
-from tpctl.kernels.experts.routing import Routed
+from tpctl.kernels.experts.routing import Routed, Router
 
 CLAMPED = Clamped(alpha=1.702, limit=1.5)
 """With a limit that values of tests reach."""
@@ -93,3 +94,23 @@ def wanted(routed: Routed, experts: ExpertMatrices[Any], shared: SharedMatrices 
     x = routed.x.double()
     total = experts_reference(x, routed.ids, routed.weights, experts)
     return total if shared is None else total + shared_reference(x, shared, routed.factors)
+
+
+def outline(kind: str, hidden: int, width: int, count: int, per_token: int) -> tuple[Router, ExpertMatrices[Any]]:
+    """Of numbers, MXFP4 ("e2m1") or FP8 in blocks ("e4m3"), without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def matrix(n: int, k: int) -> Any:
+        if kind == "bf16":
+            return DenseMatrix(empty(count, n, k))
+        if kind == "e2m1":
+            values, scales = (empty(count, n, k // part, dtype=torch.uint8) for part in (2, 32))
+            return CodedMatrix(Codes("e2m1", k, values, scales, unit=32))
+        scales = empty(count, -(-n // 128), -(-k // 128), dtype=torch.bfloat16)
+        values, rows = empty(count, n, k, dtype=torch.float8_e4m3fn), empty(n, dtype=torch.int32)
+        return CodedMatrix(Codes("e4m3", k, values, scales, rows=rows, unit=128))
+
+    router = Router(empty(count, hidden), Routing("softmax", True), per_token)
+    return router, ExpertMatrices(matrix(2 * width, hidden), matrix(hidden, width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,3 +159,33 @@ def test_the_way_of_one_row_of_codes(
         monkeypatch.setattr(experts_cuda, known, lambda *_, known=known, **__: taken.append(known))
     experts.mixture(Rows(torch.randn(1, 32, device=DEVICE, dtype=dtype)), parts)
     assert taken == [way]
+
+
+@pytest.mark.parametrize("kind,more,sent,way", [
+    ("bf16", {}, False, "row_ring"), ("bf16", {}, True, "one_row"), ("e2m1", {}, False, "row_ring"),
+    ("e4m3", {"rows_unit": 128}, False, "row_ring"), ("e4m3", {"rows_unit": 128}, True, "codes_row"),
+])  # fmt: skip
+def test_one_row_by_rings_where_nothing_is_sent(
+    kind: Any, more: dict[str, Any], sent: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    dtype, compute = torch.bfloat16, CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
+    sizes = ((256, 128), (128, 128))
+    stacks: list[Stack] = [DenseStack(torch.randn(2, *size, device=DEVICE, dtype=dtype)) for size in sizes]
+    if kind != "bf16":
+        codes = {"experts": 2, "unit": 128 if more else 32, "exponents": not more, **more}
+        stacks = [CodedStack((random_codes(kind, *size, device=str(DEVICE), **codes),)) for size in sizes]
+    experts = compute.experts(*stacks, Gating(), 0)
+    gate = torch.randn(2, 128, device=DEVICE, dtype=dtype)
+    parts = MixtureParts(2, 1, Routing("softmax"), gate, None, None, None, None)
+    taken: list[str] = []
+    for known in ("row_ring", "one_row", "codes_row", "grouped"):
+        monkeypatch.setattr(experts_cuda, known, lambda *_, known=known, **__: taken.append(known))
+    sums: Any = SimpleNamespace()
+    compute._state.sums, compute._state.sends = sums, sent
+    x = Rows(torch.randn(1, 128, device=DEVICE, dtype=dtype))
+    experts.mixture(x, parts, partial=True)
+    monkeypatch.setattr(experts_cuda, "_plain", lambda parts: None)
+    beside: Any = SimpleNamespace(local=lambda rows: rows.x)
+    experts.mixture(x, replace(parts, shared=beside), partial=sent)
+    assert taken == [way, "grouped" if kind == "bf16" else "codes_row"]

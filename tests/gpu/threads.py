@@ -14,7 +14,8 @@ import torch
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 
-from tests.gpu.assembly import OPERATIONS, as_floats
+from tests.gpu.assembly import OPERATIONS
+from tests.gpu.thread_instructions import FLOATS, HALVES, e4m3_pair, half_pair, halves, product
 
 OF_LAUNCHES = {"num_warps", "num_stages", "maxnreg", "launch_pdl"}
 NOTHING = {".reg", "griddepcontrol.launch_dependents", "griddepcontrol.wait"}
@@ -26,6 +27,13 @@ class Numbers(torch.Tensor):
 
     def to(self, kind: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
         return self.view(kind) if bitcast else super().to(kind)
+
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc, override]
+        """A new one: in Triton a name is given another value."""
+        return self + other
+
+    def __imul__(self, other: Any) -> Any:  # type: ignore[misc, override]
+        return self * other
 
 
 class Pointer:
@@ -55,25 +63,6 @@ def _taken(memory: Any, places: Any, size: int) -> Any:
     """Bytes [T, size] of aligned places."""
     assert (places % size == 0).all() and places.min() >= 0 and places.max() + size <= len(memory)
     return memory[places[:, None] + np.arange(size)]
-
-
-def _product(a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
-    """mma.m16n8k16: registers of 16 x 16, 16 x 8 and 16 x 8 numbers, by the threads of each warp."""
-    results = [one.copy() for one in c]
-    row, pair = np.arange(32) // 4, np.arange(32) % 4 * 2
-    halves = [[as_floats((word >> shift).astype(np.uint16)) for shift in (0, 16)] for word in (*a, *b)]
-    for start in range(0, len(c[0]), 32):
-        warp = slice(start, start + 32)
-        left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-        for i in range(2):
-            for word, (down, along) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
-                left[row + down, pair + along + i] = halves[word][i][warp]
-            for word in range(2):
-                right[pair + 8 * word + i, row] = halves[4 + word][i][warp]
-        sums = left @ right
-        for i, (down, along) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
-            results[i][warp] += sums[row + down, pair + along]
-    return results
 
 
 class Program:
@@ -130,7 +119,9 @@ class Program:
             if text.startswith("{"):
                 low, high = (value(one.strip()) for one in text[1:-1].split(","))
                 return low | (high << 16)
-            return held[text] if text in held else np.uint32(int(text, 0))
+            if text in held:
+                return held[text]
+            return np.uint32(int(text[2:], 16) if text.startswith("0f") else int(text, 0))
 
         def several(text: str) -> list[str]:
             return [one.strip() for one in text.strip("{}").split(",")]
@@ -159,10 +150,24 @@ class Program:
         elif name.startswith("mma."):
             assert name == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
             a, b, c = ([value(one) for one in several(text)] for text in names)
-            found = _product(a, b, [one.view(np.float32) for one in c])
+            found = product(a, b, [one.view(np.float32) for one in c])
             held |= {register: one.view(np.uint32) for register, one in zip(several(out), found, strict=True)}
         elif name == "shfl.sync.bfly.b32":
             held[out] = value(names[0])[np.arange(self.threads) ^ int(names[1])]
+        elif name == "shfl.sync.idx.b32":
+            lane = value(names[1]).astype(np.int64)
+            assert lane.max() < 32
+            held[out] = value(names[0])[np.arange(self.threads) // 32 * 32 + lane]
+        elif name == "redux.sync.max.s32":
+            held[out] = value(names[0]).view(np.int32).reshape(-1, 32).max(1).repeat(32).view(np.uint32)
+        elif name == "vote.sync.ballot.b32":
+            lanes = np.left_shift(held[names[0]].astype(np.uint32), np.arange(self.threads, dtype=np.uint32) % 32)
+            held[out] = lanes.reshape(-1, 32).sum(1, dtype=np.uint32).repeat(32)
+        elif name == "brev.b32":
+            bits = (value(names[0])[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+            held[out] = (bits << np.arange(31, -1, -1, dtype=np.uint32)).sum(1, dtype=np.uint32)
+        elif name == "clz.b32":
+            held[out] = np.array([32 - int(one).bit_length() for one in value(names[0])], np.uint32)
         elif name == "setp.ne.b32":
             held[out] = np.broadcast_to(value(names[0]) != value(names[1]), self.threads)
         elif name == "mul.wide.u32":
@@ -171,6 +176,22 @@ class Program:
         elif name == "mov.b64":
             low, high = several(out)
             held |= {low: held[names[0]].astype(np.uint32), high: (held[names[0]] >> np.uint64(32)).astype(np.uint32)}
+        elif name == "and.b64":
+            assert names[1] == "-4", "only the word of a byte is known here"
+            memory, places = held[names[0]]
+            held[out] = memory, places & -4
+        elif name == "mov.b32" and out.startswith("{"):
+            low, high = several(out)
+            held |= {low: value(names[0]) & 0xFFFF, high: value(names[0]) >> 16}
+        elif name in FLOATS:
+            given = [np.broadcast_to(value(one), self.threads).astype(np.uint32).view(np.float32) for one in names]
+            held[out] = np.asarray(FLOATS[name](*given), np.float32).view(np.uint32)
+        elif name == "cvt.rn.f16x2.f32":
+            held[out] = half_pair(*(value(one).view(np.float32) for one in names))
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            held[out] = e4m3_pair(value(names[0]))
+        elif name in HALVES:
+            held[out] = halves(HALVES[name], *(np.broadcast_to(value(one), self.threads) for one in names))
         elif name == "cvt.f32.f16":
             held[out] = value(names[0]).astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
         elif name == "lop3.b32":
@@ -201,7 +222,7 @@ class Program:
 def _language(program: Program) -> Any:
     """``gl``, of a program."""
 
-    def load(pointer: Pointer, mask: Any, other: float) -> Any:
+    def load(pointer: Pointer, mask: Any, other: float, cache_modifier: str = "") -> Any:
         elements, places = pointer.elements()
         return torch.where(mask, elements[torch.where(mask, places, 0)], torch.tensor(other, dtype=elements.dtype))
 
@@ -216,13 +237,16 @@ def _language(program: Program) -> Any:
     def minimum(a: Any, b: Any) -> Any:
         return torch.minimum(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.int32))
 
+    def where(mask: Any, a: Any, b: Any) -> Any:
+        return torch.where(torch.as_tensor(mask), a, b)
+
     return SimpleNamespace(
         constexpr=None, int32=torch.int32, int64=torch.int64, float32=torch.float32, static_range=range,
         BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
         allocate_shared_memory=program.allocate, inline_asm_elementwise=program.assembly,
         program_id=lambda _: torch.tensor(program.number, dtype=torch.int32).as_subclass(Numbers),
         arange=arange, zeros=lambda *_: None, load=load, store=store, minimum=minimum,
-        where=lambda mask, a, b: torch.where(torch.as_tensor(mask), a, b), exp=torch.exp, rsqrt=torch.rsqrt,
+        maximum=torch.maximum, abs=torch.abs, where=where, exp=torch.exp, rsqrt=torch.rsqrt,
     )  # fmt: skip
 
 
@@ -235,6 +259,8 @@ def _plain(kernel: Any, language: Any, known: dict[int, dict[str, Any]]) -> Call
         for name, value in theirs.items():
             if value is gl or value is tl:
                 mine[name] = language
+            elif isinstance(value, gl.constexpr):
+                mine[name] = value.value
             elif name == "barrier":
                 mine[name] = lambda: None
             elif isinstance(getattr(value, "fn", None), FunctionType):  # Triton's are called too

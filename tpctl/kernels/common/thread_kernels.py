@@ -35,11 +35,41 @@ def launch_dependents_and_wait(like):
 
 
 @gluon.jit
+def launch_dependents(like):
+    """Let the next kernel start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_kernel_before(like):
+    """Wait until the kernel before has ended, and what it wrote can be seen."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def copy(to, source, go, BYTES: gl.constexpr):
-    """Ask for 8 or 16 bytes to come from global to shared memory, where ``go`` is not 0."""
+    """Ask for 4, 8 or 16 bytes to come from global to shared memory, where ``go`` is not 0."""
     COPY: gl.constexpr = "cp.async.cg.shared.global.L2::128B" if BYTES == 16 else "cp.async.ca.shared.global"
     gl.inline_asm_elementwise(
         f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p {COPY} [$1], [$2], {BYTES}; mov.b32 $0, 0; }}",
+        "=r,r,l,r",
+        [to, source, go],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def copy_around(to, source, go):
+    """Ask for the word of global memory, 4 bytes, that a byte is in, where ``go`` is not 0."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b64 a; setp.ne.b32 p, $3, 0; and.b64 a, $2, -4; "
+        "@p cp.async.ca.shared.global [$1], [a], 4; mov.b32 $0, 0; }",
         "=r,r,l,r",
         [to, source, go],
         dtype=gl.int32,
@@ -120,6 +150,19 @@ def load_float(at):
 
 
 @gluon.jit
+def load_power(at):
+    """Two to the power of a byte less 127, as scales of bytes are: of 0 it is 0, of 255 infinite."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 e; ld.shared.u8 e, [$1]; shl.b32 $0, e, 23; }",
+        "=f,r",
+        [at],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_half(at, FP16: gl.constexpr):
     """A bfloat16 or float16 number, in float32."""
     ASSEMBLY: gl.constexpr = _HALF_FP16 if FP16 else _HALF
@@ -156,6 +199,48 @@ def other_lane(value, DISTANCE: gl.constexpr):
         dtype=gl.float32,
         is_pure=False,
         pack=1,
+    )
+
+
+@gluon.jit
+def from_lane(value, lane):
+    """What another lane has, an int32."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+        "=r,r,r",
+        [value, lane],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def most_of_lanes(value):
+    """The largest int32 of a warp."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def lanes_where(value):
+    """A bit for each lane of a warp whose int32 is not 0."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+        "=r,r",
+        [value],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def first_lane(lanes):
+    """The lowest bit that is set, of one at least."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; brev.b32 t, $1; clz.b32 $0, t; }", "=r,r", [lanes], dtype=gl.int32, is_pure=True, pack=1
     )
 
 

@@ -1,5 +1,6 @@
 """Mixtures of experts on a GPU, in as few launches as there are rows for.
 
+one row, by rings  norm + router | choice + gate·up of the chosen | choice + down of all + residual
 one row            norm + router (+ shared gate·up) | choice + gate·up of the chosen | down of all + residual
 one row, codes     norm + router + choice | gate·up of the chosen | down of all + shared + residual
 up to 16           norm + router + choice | gate·up | down | sum over a token's experts + shared + residual
@@ -9,6 +10,7 @@ more               norm | router | choice | tiles | gate·up | down | sum
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.matrix import ExpertMatrix
 from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
+from tpctl.kernels.experts.row_ring import RingConfigs, pick_row_ring, row_ring
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
@@ -43,14 +46,40 @@ class CudaExperts(ExpertWeights):
     ) -> None:
         self._matrices = matrices
         self._scratch, self._state, self._facts = scratch, state, facts
+        self._rings: RingConfigs | Literal[False] | None = None
 
     def mixture(
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
     ) -> Tensor:
         outlet = self._state.sums if partial and self._state.sends else None
         if len(rows.x) == 1 and self._facts.takes(rows.x):
+            rings = self._ringed(rows, parts) if outlet is None else None
+            if rings is not None:
+                return row_ring(
+                    rows.x,
+                    _router(parts),
+                    self._scratch,
+                    self._matrices,
+                    **fused(rows.norm),
+                    residual_TH=residual,
+                    out=residual,
+                    configs=rings,
+                    pdl=self._state.pdl,
+                )
             return self._row(rows, parts, residual, outlet)
         return self._chosen(grouped, rows, parts, residual, outlet)
+
+    def _ringed(self, rows: Rows, parts: MixtureParts) -> RingConfigs | None:
+        """How one row is read through rings; None: otherwise. Found at the first row, before a step is captured."""
+        if rows.x.dtype != torch.bfloat16 or parts.shared is not None or parts.scaled is not None:
+            return None
+        if self._rings is None:
+            facts = self._facts
+            found = pick_row_ring(
+                _router(parts), self._matrices, multiprocessors=facts.multiprocessors, hopper=facts.hopper
+            )
+            self._rings = found or False
+        return self._rings or None
 
     def _row(self, rows: Rows, parts: MixtureParts, residual: Tensor | None, outlet: PeerBuffer | None) -> Tensor:
         """``mixture`` of one row, in a dtype that the kernels for it take."""
