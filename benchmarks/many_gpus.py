@@ -168,7 +168,7 @@ def layers(gpus: int) -> Iterator[Run]:
 
 
 def drafts(gpus: int) -> Iterator[Run]:
-    spoken = ("demo", "--device", "cuda", "--runs", "2", "--tokens", "96")
+    spoken = ("demo", "--device", "cuda", "--runs", "3", "--warm", "2", "--tokens", "200")
     yield Run("drafts", "n-grams", (sys.executable, str(HERE / "speculation_bench.py"), *spoken), False)
     for family in ("deepseek_v3", "qwen3_5_text"):
         made = ("--family", family, "--layers", "8", "--runs", "3")

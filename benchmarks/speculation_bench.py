@@ -111,10 +111,11 @@ def measure(plain: Timed, drafting: Timed, args: argparse.Namespace) -> None:
     for kind in args.kinds.split(","):
         prompts = KINDS[kind](plain.llm.tokenizer)
         for together in (int(number) for number in args.counts.split(",")):
-            before = drafting.llm.stats()
-            plain.begin()
-            drafting.begin()
-            for run in range(args.runs):
+            for run in range(-args.warm, args.runs):
+                if run == 0:
+                    before = drafting.llm.stats()
+                    plain.begin()
+                    drafting.begin()
                 some = list(islice(prompts, together))
                 requests = [Request(f"{kind}{together} {run} {at}", ids, sampling) for at, ids in enumerate(some)]
                 first = [Request(f"{one.id} prompt", one.token_ids, prompt) for one in requests]
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--counts", default="1,2,4,8")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=1, help="sets of each kind that are not counted: graphs, kernels")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--check", type=int, default=0, metavar="PROMPTS")
