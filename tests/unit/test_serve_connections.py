@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +26,7 @@ from tests.unit.running import BODY, LONG, PATIENCE, everything, running, talkat
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import connection as connection_module
 from tpctl.serve import run as run_module
+from tpctl.serve import server as server_module
 from tpctl.serve.app import App
 from tpctl.serve.connection import Connection
 from tpctl.serve.straight import Straight
@@ -52,6 +54,21 @@ def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream
         until(lambda: len(engine.open) == 1)
         sock.close()
         until(lambda: not engine.open)
+        engine.gate.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_ends_the_sending_side_alone_has_hung_up(tokenizer: Tokenizer, stream: bool) -> None:
+    """As whoever closes a connection does, of which the server sees no more than that."""
+    engine = talkative(tokenizer)
+    engine.gate.clear()
+    with running(tokenizer, engine) as server, server.ask("/v1/completions", {**BODY, "stream": stream}) as sock:
+        until(lambda: len(engine.open) == 1)
+        sock.shutdown(socket.SHUT_WR)
+        said = everything(sock)
+        assert not said if not stream else b"[DONE]" not in said  # a token may have come
+        until(lambda: not engine.open)
+        assert len(engine.aborted) == 1
         engine.gate.set()
 
 
@@ -261,6 +278,7 @@ def test_requests_that_are_given_up_anywhere_leave_nothing(tokenizer: Tokenizer)
 
 def test_what_is_half_sent_is_not_waited_for(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr(run_module, "App", partial(App, body_seconds=0.3))
     with running(tokenizer, FakeEngine(tokenizer)) as server:
         for begun in (b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /"):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
+import time
+from contextlib import nullcontext, suppress
 
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
-from tests.unit.running import BODY, everything, running, talkative, until
+from tests.unit.running import BODY, LONG, PATIENCE, everything, running, talkative, until
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve import lingering
 from tpctl.serve.generation import Generation
 
 
@@ -49,11 +53,13 @@ def test_what_is_sent_ahead_is_answered_in_turn(tokenizer: Tokenizer) -> None:
         marks = [b'"<ab>"', b'{"status":"ready"}', b'"object":"list"', b'"openapi":"3.1']
         assert said.count(b"HTTP/1.1 200 OK") == 4
         assert [said.index(mark) for mark in marks] == sorted(said.index(mark) for mark in marks)
+        sock.close()
 
 
+@pytest.mark.parametrize("ahead", ["connection: close\r\n", "", "connection: close\r\nexpect: 100-continue\r\n"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, version: str) -> None:
-    size = 3_000_000  # more than a socket's buffers hold
+def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, version: str, ahead: str) -> None:
+    size = 30_000_000  # more than a socket's buffers hold
     with running(tokenizer, FakeEngine(tokenizer), api_keys=("k",), max_body=1000) as server:
         for request, key, status in (
             ("POST /v1/completions", "wrong", 401),
@@ -62,9 +68,42 @@ def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, 
             ("POST /v1/completions", "k", 413),
         ):
             with server.connect() as sock:
-                head = f"{request} HTTP/{version}\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n"
+                head = f"{request} HTTP/{version}\r\nhost: x\r\nauthorization: Bearer {key}\r\n{ahead}"
                 sock.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b"x" * size)
-                assert everything(sock).startswith(b"HTTP/1.1 %d " % status)
+                assert sock.recv(13) == b"HTTP/1.1 %d " % status
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_who_goes_on_sending_behind_his_last_answer_hears_it(tokenizer: Tokenizer, version: str) -> None:
+    with running(tokenizer, talkative(tokenizer)) as server, server.connect() as sock:
+        raw = json.dumps({**BODY, "max_tokens": 3000, "stream": False}).encode()
+        head = f"POST /v1/completions HTTP/{version}\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(raw)}"
+        sock.sendall(head.encode() + b"\r\n\r\n" + raw)
+        assert sock.recv(1) == b"H"  # all of it has been written
+        for _ in range(100):
+            sock.sendall(b"x" * 100_000)
+        assert LONG[:3000].encode() in everything(sock)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_connection_is_over_in_the_end(
+    tokenizer: Tokenizer, sends: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a client sends behind its last answer, or if it never ends the connection itself."""
+    monkeypatch.setattr(lingering, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(lingering, "LONGEST_SECONDS", 0.5 if sends else PATIENCE)
+    with running(tokenizer, FakeEngine(tokenizer)) as server, server.connect() as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert everything(sock).endswith(b'{"status":"ready"}')
+        assert len(server.server.server_state.connections) == 1  # type: ignore[union-attr]
+        with suppress(ConnectionError) if sends else nullcontext():
+            deadline = time.monotonic() + PATIENCE
+            while sends and time.monotonic() < deadline:
+                sock.sendall(b"x")
+                time.sleep(0.01)
+            assert not sends, "what is sent is taken for ever"
+        until(lambda: not server.server.server_state.connections)  # type: ignore[union-attr]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_hang_up_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:

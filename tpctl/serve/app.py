@@ -19,10 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
 from tpctl.serve.answered import Answered, Encoded, Said, refused, say
-from tpctl.serve.bodies import BODY_SECONDS, Heard, read_object
+from tpctl.serve.bodies import BODY_SECONDS, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.headers import header
 from tpctl.serve.memory import MAX_MEMORY, Holding, Memory
 from tpctl.serve.openapi import description
 from tpctl.serve.origins import Headers, Origins
@@ -114,20 +115,18 @@ class App:
             await send(message)
 
         scope["app"] = self  # so that the router raises for what it does not know
-        heard = Heard(scope, receive)
         try:
             before = self._origins.before(scope)
             more = self._origins.headers(scope) if before is None else before
             if before is None:
                 self._check_key(scope)
-                await self._router(scope, heard, dated)
+                await self._router(scope, receive, dated)
             else:
                 await _nothing(dated)
         except Gone:
             pass
         except Exception as error:
             if status == 499:
-                await heard.drain()
                 await self._refuse(error, scope, dated)
             else:  # where an answer has begun, its end is the connection's
                 self.failed(error, scope)
@@ -160,7 +159,7 @@ class App:
     def _check_key(self, scope: Scope) -> None:
         if not self._keys or scope["path"] in OPEN:
             return
-        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        said = header(scope, b"authorization") or b""
         kind, _, key = said.partition(b" ")
         known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all, so that time says nothing
         if kind.lower() != b"bearer" or not any(known):

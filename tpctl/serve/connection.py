@@ -7,12 +7,13 @@ import contextlib
 import weakref
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpctl.serve.errors import ApiError
+from tpctl.serve.lingering import Lingering
 from tpctl.serve.sockets import LOOK_SECONDS, Peer
 from tpctl.serve.straight import STATE
 
@@ -21,9 +22,6 @@ HEAD_SECONDS = 30.0
 
 _AHEAD = 1 << 16
 """Bytes that are taken in while a request is under way that stands before them."""
-
-_LAST_SECONDS = 2.0
-"""In which whoever sent no HTTP may read why it is refused, and end the connection."""
 
 _OVER = frozenset((h11.MUST_CLOSE, h11.CLOSED, h11.ERROR))
 """States of a client from which nothing more is taken."""
@@ -37,10 +35,12 @@ class Connection(H11Protocol):
     - One whose other end does not answer any more is ended, while one that only takes nothing is kept.
     - What comes behind a request that is the last one is dropped, as are empty lines before any (RFC 9112, 2.2).
     - What is no HTTP is answered in OpenAI's form, and only where no answer has begun.
+    - It is closed only once its client has ended it, or is silent (``serve.lingering``).
+
+    A client that ends its sending side is taken for gone, as by uvicorn: one that closes the connection looks the same.
     """
 
     _deadline: asyncio.TimerHandle | None = None
-    _last: asyncio.TimerHandle | None = None
     _next_look: asyncio.TimerHandle
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -48,7 +48,8 @@ class Connection(H11Protocol):
         self.conn: _Requests = _Requests()
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self._lingering = Lingering(transport, self._lingers)
+        super().connection_made(cast(asyncio.Transport, self._lingering))
         # The scopes of its requests have a copy of it. It holds no circle, which only a collection would end.
         self.app_state: dict[str, Any] = {STATE: weakref.ref(self)}
         self._peer = Peer(transport.get_extra_info("socket"))
@@ -56,6 +57,9 @@ class Connection(H11Protocol):
         self._look()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering.closed:
+            self._lingering.drop()
+            return
         if self.conn.their_state in _OVER:
             return
         super().data_received(data)
@@ -89,16 +93,18 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
-        # What is under way to here is still read, else the system would drop the answer for it.
-        self.flow.resume_reading()
-        self.transport.write_eof()
-        self._last = self.loop.call_later(_LAST_SECONDS, self.transport.close)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._deadline, self._last, self._next_look):
+        for timer in (self._deadline, self._next_look):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self._lingering.lost()
+
+    def _lingers(self) -> bool:
+        """Whether its client may be sending still: not between two requests."""
+        return self.conn.their_state not in (h11.IDLE, h11.CLOSED)
 
     def _look(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete

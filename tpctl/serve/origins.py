@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from tpctl.errors import UsageError, shown
 from tpctl.serve.errors import ApiError
+from tpctl.serve.headers import header
 
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", re.IGNORECASE)
@@ -40,8 +41,8 @@ class Origins:
 
     def headers(self, scope: Scope) -> Headers:
         """What an answer says to the browser that asks. Raises ``ApiError``: the page is not allowed."""
-        origin = _header(scope, b"origin")
-        if origin is None or origin.partition(b"://")[2] == (_header(scope, b"host") or b""):
+        origin = header(scope, b"origin")
+        if origin is None or origin.partition(b"://")[2] == (header(scope, b"host") or b""):
             return []
         said = origin.decode("latin-1").lower()
         if ANY not in self._allowed and said not in self._allowed:
@@ -64,18 +65,14 @@ class Origins:
         Raises:
             ApiError: the page is not allowed.
         """
-        if scope["method"] != "OPTIONS" or _header(scope, b"access-control-request-method") is None:
+        if scope["method"] != "OPTIONS" or header(scope, b"access-control-request-method") is None:
             return None
         found = self.headers(scope)
         if found:
-            asked = _header(scope, b"access-control-request-headers")
+            asked = header(scope, b"access-control-request-headers")
             found += [
                 (b"access-control-allow-methods", b"GET, POST"),
                 (b"access-control-max-age", b"600"),
                 *([] if asked is None else [(b"access-control-allow-headers", asked)]),
             ]
         return found
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    return next((value for one, value in scope["headers"] if one == name), None)
