@@ -85,17 +85,16 @@ def serving(model: str = "demo", *options: str, **env: str) -> Iterator[ServerPr
     server = ServerProcess(model, *SETTINGS, "--served-model-name", "demo", *options, **env)
     with server:
         yield server
-        key = options[options.index("--api-key") + 1] if "--api-key" in options else ""
-        answers = answered(server, key)
+        answers = answered(server)
         print("answered:", *(f"{path} {status}: {count:.0f}," for (path, status), count in answers.items()))
     broken = [line for line in server.said if "Traceback" in line or "failed" in line]
     expect(not broken and all(status < 500 for _, status in answers), "the server fails at nothing", *broken)
 
 
-def answered(server: ServerProcess, key: str = "") -> dict[tuple[str, int], float]:
+def answered(server: ServerProcess) -> dict[tuple[str, int], float]:
     """How many answers there were by path and status, but for those of paths that scripts look at themselves."""
     found = {}
-    for name, count in server.counters(key).items():
+    for name, count in server.counters().items():
         if name.startswith("tpctl_http_requests_total{"):
             _, path, _, status, _ = name.split('"')
             if path not in ("/health", "/metrics"):

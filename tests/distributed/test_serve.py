@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
@@ -44,17 +43,11 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def counters(server: ServerProcess) -> dict[str, float]:
-    lines = httpx2.get(f"{server.url}/metrics", headers={"authorization": "Bearer k"}, timeout=PATIENCE).text
-    pairs = (line.rpartition(" ") for line in lines.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, _, value in pairs}
-
-
 def wait_for_free_blocks(server: ServerProcess) -> None:
     """Until the engine holds no block; it checks its books when it is asked while idle, and ends if they are wrong."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        found = counters(server)
+        found = server.counters()
         names = ("tpctl_requests_open", 'tpctl_requests_running{engine="0"}', 'tpctl_kv_cache_usage_ratio{engine="0"}')
         if all(found[name] == 0 for name in names):
             return

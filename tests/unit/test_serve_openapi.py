@@ -125,5 +125,8 @@ def test_who_may_read_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
         refused = client.get("/v1/models")
         assert refused.status_code == 401
         check(description, "/v1/models", "get", refused)
+        for path in ("/health", "/metrics"):
+            assert description["paths"][path]["get"]["security"] == []
+            check(description, path, "get", client.get(path))
         wrong = client.delete("/v1/models", headers={"authorization": "Bearer k"})
         assert wrong.status_code == 405 and set(wrong.headers["allow"].split(", ")) == {"GET", "HEAD"}

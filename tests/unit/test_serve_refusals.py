@@ -231,7 +231,11 @@ def test_a_packed_body(tokenizer: Tokenizer, encoding: str) -> None:
 
 def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
     with served(tokenizer, api_keys=("secret",)) as (client, _):
-        assert client.get("/health").status_code == 200
+        for path in ("/", "/health", "/metrics", "/openapi.json"):
+            for headers in ({}, {"authorization": "Bearer wrong"}):
+                assert client.get(path, headers=headers).status_code == 200
+        for path in ("/v1/models", "/v1/models/demo", "/tokenizer_info", "/nowhere", "/metrics/"):
+            assert client.get(path).status_code == 401
         missing = client.get("/v1/models")
         assert error(missing, 401).code == "invalid_api_key" and missing.headers["www-authenticate"] == "Bearer"
         for wrong in ("Bearer wrong", "Basic secret", "secret", "Bearer"):

@@ -31,7 +31,7 @@ from tpctl.serve.page import Page
 from tpctl.serve.straight import gone_out
 from tpctl.serve.work import Interruptible, UnderWay
 
-OPEN = frozenset({"/", "/health", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 """Paths that need no key."""
 
 _MODELS = "/v1/models/"

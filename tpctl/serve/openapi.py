@@ -188,7 +188,7 @@ def description(*, keyed: bool) -> dict[str, Any]:
             )
         },
         "/v1/models/{name}": {"get": {**one, "parameters": [name]}},
-        "/metrics": {"get": _plain("/metrics", "Counters, for Prometheus.", "text/plain", keyed)},
+        "/metrics": {"get": {**_plain("/metrics", "Counters, for Prometheus.", "text/plain", False), "security": []}},
         "/health": {"get": {**_plain("/health", "Whether requests are taken.", "", False), "security": []}},
     }
     health = {"application/json": {"schema": _HEALTH}}
