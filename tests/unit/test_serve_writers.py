@@ -136,7 +136,7 @@ def test_a_prompt_s_log_probabilities_are_made_by_a_thread(
         scope = {"state": {STATE: weakref.ref(connection)}, "http_version": "1.1"}
         with Threads() as threads:
             answered = asyncio.create_task(
-                Answered(generation, writer, threads.answer)(scope, asyncio.Event().wait, send)
+                Answered(generation, writer, threads.answer, 5)(scope, asyncio.Event().wait, send)
             )
             for at, reason in ((0, None), (0, None), (1, None), (0, "length"), (1, "length")):
                 count = len(connection.written)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -78,6 +78,9 @@ class ServerOptions:
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.0, help="In which requests may end after SIGTERM or Ctrl-C.")
     ] = 30.0
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line on stderr for each request: status, seconds, tokens.")
+    ] = False
     stream_interval: Annotated[
         int,
         typer.Option(
@@ -144,10 +147,7 @@ def serve(
     check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
-    keys = server.keys()
-    server.origins()  # looked at before anything is loaded
-    max_body, max_memory = parse_bytes(server.max_body, "MiB"), parse_bytes(server.max_memory, "GiB")
-    _check_memory(max_memory, server.max_memory)
+    checked = _checked(server)  # before anything is loaded
     with ExitStack() as stack:
         from tpctl.serve.sockets import listen, url_of
 
@@ -156,7 +156,7 @@ def serve(
         config = _configured(model, engine, server.replicas, at_hand, nodes)
         engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas, nodes)]
         say_nodes(config, nodes)
-        settings = _settings(model, server, keys, (max_body, max_memory), sampling, config, at_hand)
+        settings = _settings(model, server, checked, sampling, config, at_hand)
         from tpctl.serve.run import serve as run
 
         def ready(info: EngineInfo) -> None:
@@ -212,23 +212,34 @@ def _started(config: EngineConfig, engine: EngineOptions, replicas: int, nodes: 
                 os.sched_setaffinity(0, before)
 
 
-def _check_memory(size: int, said: str) -> None:
+class _Checked(NamedTuple):
+    """What options of a server say, once that was looked at; sizes in bytes."""
+
+    keys: tuple[str, ...]
+    origins: tuple[str, ...]
+    max_body: int
+    max_memory: int
+
+
+def _checked(server: ServerOptions) -> _Checked:
+    """Raises ``UsageError``."""
     from tpctl.serve.memory import LEAST_MEMORY
 
-    if size < LEAST_MEMORY:
-        raise UsageError(f"--max-memory is {said}, but at least {LEAST_MEMORY >> 20}MiB are needed for a few requests")
+    keys, origins, max_body = server.keys(), server.origins(), parse_bytes(server.max_body, "MiB")
+    if (max_memory := parse_bytes(server.max_memory, "GiB")) < LEAST_MEMORY:
+        said = f"--max-memory is {server.max_memory}, but at least {LEAST_MEMORY >> 20}MiB are needed"
+        raise UsageError(f"{said} for a few requests")
+    return _Checked(keys, origins, max_body, max_memory)
 
 
 def _settings(
     model: str,
     server: ServerOptions,
-    keys: tuple[str, ...],
-    most: tuple[int, int],
+    checked: _Checked,
     sampling: DistributionOptions,
     config: EngineConfig,
     at_hand: TemplateAtHand,
 ) -> ServeSettings:
-    """``most``: bytes of a body, and that all requests hold."""
     from tpctl.client.conversation import recommended_sampling
     from tpctl.serve.run import ServeSettings
 
@@ -237,11 +248,12 @@ def _settings(
     return ServeSettings(
         names,
         defaults,
-        keys,
-        max_body=most[0],
-        max_memory=most[1],
+        checked.keys,
+        max_body=checked.max_body,
+        max_memory=checked.max_memory,
         max_waiting=server.max_waiting,
         drain=server.drain,
         interval=server.stream_interval,
-        origins=server.origins(),
+        origins=checked.origins,
+        access_log=server.access_log,
     )

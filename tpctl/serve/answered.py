@@ -47,12 +47,15 @@ class Writer(Protocol):
 class Answered:
     """A response that is one generation's. Whoever hangs up ends that at once."""
 
-    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]]) -> None:
-        """``run``: has a thread do something."""
+    def __init__(
+        self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]], prompt_tokens: int
+    ) -> None:
+        """``run``: has a thread do something; ``prompt_tokens``: of all prompts."""
         self._generation = generation
         self._writer = writer
         self._named = [(b"x-request-id", writer.id.encode())]  # as the server's log names it
         self._run = run
+        self._prompt_tokens = prompt_tokens
         self._stream = generation.interval > 0
 
     @property
@@ -64,6 +67,14 @@ class Answered:
     def described(self) -> str:
         """Which one it is, and how far."""
         return f"{self._writer.id} after {self._generation.num_tokens} tokens"
+
+    @property
+    def account(self) -> str:
+        """Its tokens, and whether whoever asked had all of them."""
+        generation = self._generation
+        given_up = " hung_up" if generation.given_up else ""
+        tokens = f"prompt_tokens={self._prompt_tokens} completion_tokens={generation.num_tokens}"
+        return f"{tokens} id={self._writer.id}{given_up}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
+from tpctl.serve.access import line
 from tpctl.serve.answered import Answered, Encoded, Said, refused, say
 from tpctl.serve.bodies import BODY_SECONDS, read_object
 from tpctl.serve.endpoints import Endpoints
@@ -29,7 +30,7 @@ from tpctl.serve.openapi import description
 from tpctl.serve.origins import Headers, Origins
 from tpctl.serve.page import Page
 from tpctl.serve.straight import gone_out
-from tpctl.serve.work import Interruptible, UnderWay
+from tpctl.serve.work import Interruptible, UnderWay, Work
 
 OPEN = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 """Paths that need no key."""
@@ -61,6 +62,7 @@ class App:
         max_memory: int = MAX_MEMORY,
         body_seconds: float = BODY_SECONDS,
         note: Callable[[str], object] = lambda line: None,
+        access: Callable[[str], object] | None = None,
     ) -> None:
         """Set limits.
 
@@ -69,6 +71,7 @@ class App:
             max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
             max_memory: bytes that all requests may hold together (``serve.memory``).
             note: tells whoever runs the server of what should not have happened.
+            access: is told a line of each request that was answered (``serve.access``).
         """
         self._endpoints = endpoints
         self.pool = endpoints.pool
@@ -77,7 +80,7 @@ class App:
         self._max_body = max_body
         self.memory = Memory(max_memory)
         self._body_seconds = body_seconds
-        self._note = note
+        self._note, self._access = note, access
         self._date = (0, b"")
         self.under_way = UnderWay()
         posts: dict[str, Post] = {
@@ -131,6 +134,9 @@ class App:
             else:  # where an answer has begun, its end is the connection's
                 self.failed(error, scope)
         self.pool.metrics.answered(self._path(scope["path"]), status, since)
+        if self._access is not None:
+            work: Work | None = scope.get(_WORK)
+            self._access(line(scope, status, since, None if work is None else work.answer))
 
     def _path(self, path: str) -> str:
         """What a path is counted as: the names of models are anybody's."""

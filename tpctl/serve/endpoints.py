@@ -72,7 +72,8 @@ class Endpoints:
         generation = self.pool.begin(jobs, self._interval if stream else 0, holding.answers, each)
         try:
             self.pool.metrics.begun(generation, asked.since)
-            return Answered(generation, make(generation), self.reader.threads.answer)
+            tokens = sum(len(job.token_ids) for job in jobs)
+            return Answered(generation, make(generation), self.reader.threads.answer, tokens)
         except BaseException:
             generation.close()
             raise

@@ -41,6 +41,7 @@ class ServeSettings:
         drain: seconds in which the server ends once it is asked to.
         interval: tokens of an answer in a chunk of its stream.
         origins: of web pages that may use it besides its own.
+        access_log: whether each request that was answered is noted.
     """
 
     names: tuple[str, ...]
@@ -52,6 +53,7 @@ class ServeSettings:
     interval: int = 1
     max_memory: int = MAX_MEMORY
     origins: tuple[str, ...] = ()
+    access_log: bool = False
 
 
 def serve(
@@ -71,8 +73,8 @@ def serve(
         sock: is bound; it is closed at the end.
         at_once: requests that the engines compute together.
         ready: is called when requests are taken.
-        note: is told of what should not have happened, of what takes engines long to start, and of what an end waits
-            for and cuts off.
+        note: is told of what should not have happened, of what takes engines long to start, of what an end waits for
+            and cuts off, and of requests where that is asked for.
         signalled: the number of a signal that came before this could take any.
 
     Returns:
@@ -132,6 +134,7 @@ async def _serve(
             max_body=settings.max_body,
             max_memory=settings.max_memory,
             note=note,
+            access=note if settings.access_log else None,
         )
         server = Server(app, pool, settings.drain, note, signalled)
         servers.append(server)

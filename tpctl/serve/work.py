@@ -17,6 +17,7 @@ class Growing(Protocol):
     """An answer of an engine's.
 
     ``complete``: the engine has no more to say of it. ``described``: which one it is, and how far, in a few words.
+    ``account``: its tokens, as a log has them.
     """
 
     @property
@@ -24,6 +25,9 @@ class Growing(Protocol):
 
     @property
     def described(self) -> str: ...
+
+    @property
+    def account(self) -> str: ...
 
 
 @dataclass(eq=False)

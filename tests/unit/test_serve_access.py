@@ -1,0 +1,84 @@
+"""A line for each request that was answered."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.running import BODY, running, talkative, until
+from tests.unit.serving import served
+from tests.unit.test_serve import CHAT, TEXT, chat
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve.access import line
+
+LINE = re.compile(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\S+) - "([A-Z]+ \S+ HTTP/1\.[01])" (\d{3}) \d+\.\d{3}s(.*)')
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "made"),
+    [
+        ("POST", TEXT, {"prompt": ["ab", "c"], "n": 2}, 200, r" prompt_tokens=3 completion_tokens=18 id=cmpl-\w+"),
+        ("POST", TEXT, {"prompt": "ab", "stream": True}, 200, r" prompt_tokens=2 completion_tokens=5 id=cmpl-\w+"),
+        ("POST", TEXT, {"prompt": "break"}, 500, r" prompt_tokens=5 completion_tokens=0 id=cmpl-\w+"),
+        ("POST", CHAT, chat(max_tokens=1), 200, r" prompt_tokens=8 completion_tokens=1 id=chatcmpl-\w+"),
+        ("POST", "/v1/responses", {"input": "a"}, 200, r" prompt_tokens=\d+ completion_tokens=\d+ id=resp_\w+"),
+        ("POST", TEXT, {"prompt": 1}, 400, ""),
+        ("POST", "/tokenize", {"prompt": "a"}, 200, ""),
+        ("GET", "/health", None, 200, ""),
+        ("GET", "/no%20where?a=%0Ab", None, 404, ""),
+    ],
+)
+def test_a_line_says_what_became_of_a_request(
+    tokenizer: Tokenizer, method: str, path: str, body: Any, status: int, made: str
+) -> None:
+    told: list[str] = []
+    with served(tokenizer, access=told.append) as (client, server):
+        told.clear()
+        assert client.request(method, path, json=body).status_code == status
+        found = LINE.fullmatch("".join(told))
+        assert found is not None and len(told) == 1, told
+        assert found.groups()[:3] == ("testclient:50000", f"{method} {path} HTTP/1.1", str(status))
+        assert re.fullmatch(made, found[4]), found[4]
+        server.notes.clear()
+
+
+def test_it_is_written_only_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine, access_log=True) as server:
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        for count, stream in ((2, True), (3, False)):
+            engine.gate.clear()
+            sock = server.ask(TEXT, {**BODY, "stream": stream})
+            until(lambda: len(engine.open) == 1)
+            if stream:
+                engine.gate.set()
+                assert sock.recv(1) == b"H"
+            sock.close()
+            until(lambda: not engine.open)
+            engine.gate.set()
+            until(lambda count=count: len(server.notes) == count)
+        server.end()
+        health, *gone = [LINE.fullmatch(one) for one in server.heard()]
+        assert health is not None and health[3] == "200" and re.fullmatch(r"127\.0\.0\.1:\d+", health[1])
+        for found, status in zip(gone, ("200", "499"), strict=True):
+            assert found is not None and found[3] == status, found
+            assert re.fullmatch(r" prompt_tokens=2 completion_tokens=\d+ id=cmpl-\w+ hung_up", found[4])
+
+
+@pytest.mark.parametrize(("client", "said"), [(None, ":0"), (("::1", 5), "[::1]:5"), (("127.0.0.1", 5), "127.0.0.1:5")])
+def test_a_line_is_one_whatever_was_asked_for(client: Any, said: str) -> None:
+    scope = {"client": client, "method": "GET", "http_version": "1.1", "query_string": b""}
+    found = line({**scope, "raw_path": b"/\x1b[2J\n" + b"a" * 10_000}, 404, 0.0, None)
+    assert f' {said} - "GET /\\x1b[2J\\n' in found and len(found) < 700 and found.isprintable()
