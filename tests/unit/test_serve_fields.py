@@ -31,6 +31,11 @@ FORMS: list[tuple[dict[str, Any], str, Any]] = [
     ({"guided_choice": ["x", "y"]}, "choice", ("x", "y")),
     ({"structured_outputs": {"json": SCHEMA, "regex": None}}, "response_format", of_schema(SCHEMA)),
     ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+    (
+        {"structured_outputs": {"regex": "a+", "disable_fallback": True, "disable_any_whitespace": False}},
+        "regex",
+        "a+",
+    ),
     ({"structured_outputs": {"choice": ["x"]}}, "choice", ("x",)),
     ({"structured_outputs": {"json_object": True}}, "response_format", {"type": "json_object"}),
 ]
@@ -62,6 +67,13 @@ def test_forms_by_vllm_s_names(tokenizer: Tokenizer, asked: dict[str, Any], name
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs", "write grammar, in llguidance's dialect"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", 'unknown field "structural_tag" in'),
         ({"structured_outputs": {"json": None}}, "structured_outputs", "structured_outputs asks for no form"),
+        ({"structured_outputs": {"disable_fallback": True}}, "structured_outputs", "asks for no form"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "structured_outputs",
+            "structured_outputs.disable_any_whitespace is true, but must be false; leave it out",
+        ),
+        ({"structured_outputs": {"json": {}, "disable_fallback": 1}}, "structured_outputs", "must be false or true"),
         ({"structured_outputs": {"json_object": False}}, "structured_outputs", "is false, but must be true"),
         ({"structured_outputs": 1}, "structured_outputs", "structured_outputs is 1, but must be a JSON object"),
         ({"guided_json": "{"}, "guided_json", 'guided_json is "{", but must be a JSON schema'),

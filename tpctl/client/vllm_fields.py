@@ -21,6 +21,12 @@ from tpctl.wire.guide import of_schema
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _OF_OUTPUTS = ("json", "regex", "choice", "json_object", "grammar")
+_HOW: Mapping[str, tuple[bool, ...]] = {
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (False,),
+    "disable_fallback": (False, True),
+}
+"""What ``structured_outputs`` may say of how a form is kept, which programs send as it is by default."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -52,7 +58,10 @@ SCHEMAS: Mapping[str, Mapping[str, Any]] = {
     "guided_choice": _CHOICE,
     "structured_outputs": {
         "type": "object",
-        "properties": {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in _ONE.items()},
+        "properties": {
+            **{name: {"anyOf": [schema, {"type": "null"}]} for name, schema in _ONE.items()},
+            **{name: {"enum": [*values, None]} for name, values in _HOW.items()},
+        },
         "additionalProperties": {"type": "null"},
     },
 }
@@ -89,6 +98,11 @@ def _outputs(value: Any) -> list[tuple[str, str, Any]]:
     if not isinstance(value, dict):
         raise FieldError(f"{name} is {shown(value)}, but must be a JSON object", name)
     given = {kind: one for kind, one in value.items() if one is not None}
+    for kind, values in _HOW.items():
+        if kind in given and not any(given[kind] is one for one in values):
+            said = f"but must be {' or '.join(map(shown, values))}"
+            raise FieldError(f"{name}.{kind} is {shown(given[kind])}, {said}; leave it out", name)
+        given.pop(kind, None)
     if unknown := given.keys() - set(_OF_OUTPUTS):
         raise FieldError(f"unknown field {shown(min(unknown))} in {name}; known: {', '.join(_OF_OUTPUTS[:4])}", name)
     if not given:
