@@ -43,6 +43,18 @@ def test_a_frame_that_comes_byte_by_byte(sockets: tuple[socket.socket, socket.so
     sender.join()
 
 
+def test_what_came_together_is_received_one_by_one(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """Also behind the end of the connection."""
+    one, other = Channel(sockets[0]), Channel(sockets[1])
+    messages = [Abort([str(number)]) for number in range(100)]
+    for message in messages:
+        one.send(message)
+    sockets[0].close()
+    assert [other.receive() for _ in messages] == messages
+    with pytest.raises(ChannelClosed, match="end of stream"):
+        other.receive()
+
+
 def test_threads_do_not_mix_their_frames(sockets: tuple[socket.socket, socket.socket]) -> None:
     one, other = Channel(sockets[0]), Channel(sockets[1])
     texts = [str(n) * 50_000 for n in range(8)]

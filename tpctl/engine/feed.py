@@ -45,8 +45,8 @@ class Leader:
         self._ending = threading.Event()
         guides.may_leave_out(self._tell)
         self._followers: list[Channel] = []
-        for connection, peer in _accept_followers(group):
-            self._followers.append(Channel(connection))
+        for connection, follower, peer in _accept_followers(group):
+            self._followers.append(follower)
             watch(connection, peer, self._ending)
         threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
 
@@ -111,7 +111,7 @@ class Follower:
         """Followers compute the same outputs as rank 0, which alone reports them."""
 
 
-def _accept_followers(group: TPGroup) -> list[tuple[socket.socket, Peer]]:
+def _accept_followers(group: TPGroup) -> list[tuple[socket.socket, Channel, Peer]]:
     """Listen, tell the group where and with which secret, and wait for every other rank, which says who it is."""
     if group.size == 1:
         return []
@@ -121,15 +121,16 @@ def _accept_followers(group: TPGroup) -> list[tuple[socket.socket, Peer]]:
         server.settimeout(_JOIN_TIMEOUT)
         address = "127.0.0.1" if _is_local(host) else host
         group.broadcast_text(json.dumps([address, server.getsockname()[1], token, asdict(own_peer(group.rank))]))
-        followers: list[tuple[socket.socket, Peer]] = []
+        followers: list[tuple[socket.socket, Channel, Peer]] = []
         while len(followers) < group.size - 1:
             connection, _ = server.accept()
             connection.settimeout(_HELLO_TIMEOUT)
             if secrets.compare_digest(_hello(connection, len(token)), token.encode()):
-                peer = Peer(**json.loads(Channel(connection).receive_json()))
+                channel = Channel(connection)
+                peer = Peer(**json.loads(channel.receive_json()))
                 connection.settimeout(None)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                followers.append((connection, peer))
+                followers.append((connection, channel, peer))
             else:
                 connection.close()
     return followers

@@ -11,6 +11,7 @@ import threading
 from tpctl.wire.messages import Message, from_wire, to_wire
 
 _LENGTH = struct.Struct(">I")
+_AHEAD = 1 << 16  # bytes that are read at least, if there are as many: several messages, where they come fast
 
 
 class ChannelClosed(Exception):
@@ -18,10 +19,14 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """One end of a connection. Any thread may send; one thread at a time may receive."""
+    """One end of a connection. Any thread may send; one thread at a time may receive.
+
+    It reads ahead, so that of a socket no more than one may receive.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._ahead = bytearray()  # what has come of messages that were not asked for yet
         self._send_lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -63,13 +68,14 @@ class Channel:
         self._sock.close()
 
     def _read(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
+        while (missing := size - len(self._ahead)) > 0:
             try:
-                part = self._sock.recv(min(size - len(data), 1 << 20))
+                part = self._sock.recv(min(max(missing, _AHEAD), 1 << 20))
             except OSError as error:
                 raise ChannelClosed(str(error)) from None
             if not part:
                 raise ChannelClosed("end of stream")
-            data += part
-        return bytes(data)
+            self._ahead += part
+        data = bytes(self._ahead[:size])
+        del self._ahead[:size]
+        return data
