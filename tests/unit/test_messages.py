@@ -68,6 +68,14 @@ def test_a_message_survives_the_wire(message: Message) -> None:
     assert from_wire(json.loads(json.dumps(to_wire(message)))) == message
 
 
+def test_an_output_that_says_tokens_alone_is_short() -> None:
+    """As hundreds of every step are; the time in which they are read counts."""
+    outputs = [Output("0:1", [5, 6]), Output("0:2", [7], "stop"), Output("0:3", [8], num_cached_tokens=16)]
+    wire = json.dumps(to_wire(Outputs(outputs)))
+    assert wire.startswith('["Outputs", [["0:1", [5, 6]], ["0:2", [7], "stop", ')
+    assert from_wire(json.loads(wire)) == Outputs(outputs)
+
+
 def test_ids_that_are_not_packed_are_refused() -> None:
     name, ((id, _, sampling, scoring),) = to_wire(Add([Request("a", [5], SamplingParams())]))
     for wrong in ("!!!!", "AAAA"):

@@ -55,6 +55,16 @@ def test_finding_its_own_blocks_after_a_preemption_is_no_prefix_hit() -> None:
     assert scheduler.blocks.queried_tokens == 15
 
 
+def test_cached_tokens_are_told_with_the_first_ones() -> None:
+    """Outputs that say tokens alone are what costs least, and nearly all."""
+    scheduler, told = make(num_blocks=40), []
+    scheduler.add(Request("a", list(range(3, 16)), SamplingParams(max_tokens=3, ignore_eos=True)))
+    scheduler.add(Request("b", list(range(3, 16)), SamplingParams(max_tokens=3, ignore_eos=True)))
+    while (batch := scheduler.schedule()) is not None:
+        told += scheduler.commit(batch, [3] * batch.num_sampled)
+    assert [one.num_cached_tokens for one in told if one.id == "b"] == [12, 0, 0]
+
+
 def test_equal_prompts_share_blocks_within_one_step() -> None:
     scheduler = make(num_blocks=40, budget=100)
     prompt = list(range(3, 16))  # three full blocks and one token

@@ -82,9 +82,10 @@ class Output(NamedTuple):
 
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
     ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
-    token, where they were asked for; ``scores``, with the last output, one for each scored token of the prompt.
-    ``prompt_logprobs``, where they were asked for, has one for each token of the prompt but the first: as many as an
-    output has room for, in order, the last with the first output that has tokens.
+    token, where they were asked for; ``num_cached_tokens`` comes with the first tokens; ``scores``, with the last
+    output, one for each scored token of the prompt. ``prompt_logprobs``, where they were asked for, has one for each
+    token of the prompt but the first: as many as an output has room for, in order, the last with the first output that
+    has tokens.
     """
 
     id: str
@@ -95,6 +96,10 @@ class Output(NamedTuple):
     num_cached_tokens: int = 0
     scores: list[TokenScore] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+
+
+_PLAIN = Output("", [])[2:]
+"""What nearly all outputs say beside their tokens, hundreds a step: it is left out of messages."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def to_wire(message: Message) -> list[Any]:
     if isinstance(message, Add):
         body: Any = [_add(request) for request in message.requests]
     elif isinstance(message, Outputs):
-        body = message.outputs
+        body = [output[:2] if output[2:] == _PLAIN else output for output in message.outputs]
     else:
         body = asdict(message)
     return [type(message).__name__, body]
@@ -197,7 +202,9 @@ def _little_endian(values: array[int]) -> array[int]:
 
 _READERS: dict[str, Callable[[Any], Message]] = {
     "Add": _read_add,
-    "Outputs": lambda body: Outputs([_read_output(*fields) for fields in body]),
+    "Outputs": lambda body: Outputs(
+        [Output(*fields) if len(fields) == 2 else _read_output(*fields) for fields in body]
+    ),
     "Abort": lambda body: Abort(**body),
     "Found": lambda body: Found(**body),
     "GetStats": lambda body: GetStats(),

@@ -265,7 +265,9 @@ class Scheduler:
         note, scores = (None, None) if reason is None else self._end(sequence, reason)
         told = None if logprobs is None else [one for one in logprobs[: len(came)] if one is not None] or None
         prompt = None if sequence.params.prompt_logprobs is None else _prompt_logprobs(sequence)
-        outputs.append(Output(sequence.id, came, reason, note, told, sequence.num_cached_tokens, scores, prompt))
+        first = len(sequence.token_ids) - len(came) == sequence.num_prompt_tokens
+        cached = sequence.num_cached_tokens if first else 0
+        outputs.append(Output(sequence.id, came, reason, note, told, cached, scores, prompt))
         return reason is not None
 
     def _end(self, sequence: Sequence, reason: str) -> tuple[str | None, list[TokenScore] | None]:
