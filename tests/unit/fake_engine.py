@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,9 @@ class FakeEngine:
     Attributes:
         open: requests under way, with the tokens still to come.
         requests: all that were taken in; ``aborted``: ids, as the engine knows them.
-        gate: steps are made while it is set.
+        gate: steps are made while it is set; ``pace``: seconds that each one takes at least.
         closed: nothing is answered any more.
+        router: what brings outputs to those who asked.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.pace = 0.0
         self.ready = threading.Event()
         if not loading:
             self.ready.set()
@@ -55,7 +58,7 @@ class FakeEngine:
         self._tokenizer = tokenizer
         self._say = say
         self._wake = threading.Condition()
-        self._router = Router(self._send, lambda: self.info.max_model_len)
+        self.router = Router(self._send, lambda: self.info.max_model_len)
         threading.Thread(target=self._run, daemon=True).start()
 
     def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo:
@@ -67,7 +70,7 @@ class FakeEngine:
         return self.info
 
     def mailbox(self, sink: Sink | None = None) -> Mailbox:
-        return self._router.mailbox(sink)
+        return self.router.mailbox(sink)
 
     def stats(self) -> EngineStats:
         return engine_stats(num_blocks=10, free_blocks=4, running=len(self.open), preemptions=3)
@@ -78,7 +81,7 @@ class FakeEngine:
             self._wake.notify()
         self.ready.set()
         self.gate.set()
-        self._router.fail(self.failure or EngineError("the engine is closed"))  # as the client does
+        self.router.fail(self.failure or EngineError("the engine is closed"))  # as the client does
 
     def die(self, message: str = "rank 1 was killed (SIGKILL)") -> None:
         self.failure = EngineError(message)
@@ -97,7 +100,7 @@ class FakeEngine:
             else:
                 self.aborted += message.ids
                 known = [id for id in message.ids if self.open.pop(id, None) is not None]
-                self._router.deliver([Output(id, [], "abort") for id in known])
+                self.router.deliver([Output(id, [], "abort") for id in known])
             self._wake.notify()
 
     def _run(self) -> None:
@@ -106,7 +109,8 @@ class FakeEngine:
             with self._wake:
                 self._wake.wait_for(lambda: self.open or self.closed)
                 outputs = [self._next(id) for id in list(self.open)]
-                self._router.deliver(outputs)
+                self.router.deliver(outputs)
+            time.sleep(self.pace)
 
     def _next(self, id: str) -> Output:
         request, ids, done = self.open[id]

@@ -230,7 +230,8 @@ def test_a_server_that_cannot_be_made_is_not_waited_for(tokenizer: Tokenizer, mo
 def test_a_client_that_reads_nothing_does_not_hold_up_the_end(tokenizer: Tokenizer) -> None:
     engine = talkative(tokenizer)
     with running(tokenizer, engine, drain=0.2) as server:
-        sock = server.ask("/v1/completions", {**BODY, "n": 8}, room=4096)
+        # With log-probabilities, so that there is more of it than the system takes in.
+        sock = server.ask("/v1/completions", {**BODY, "n": 8, "logprobs": 1}, room=4096)
         until(lambda: len(engine.requests) == 8 and not engine.open)
         server.end()
         waited, unread = server.heard()

@@ -22,6 +22,7 @@ from tpctl.serve import pool as pool_module
 from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
+from tpctl.serve.generation import Piece
 from tpctl.serve.lane import Lane
 from tpctl.serve.threads import Threads
 from tpctl.wire.messages import Output, Request
@@ -55,6 +56,40 @@ def test_what_fails_in_a_step_costs_no_other_answer_its_tokens(tokenizer: Tokeni
         with pytest.raises(ValueError, match="it has no words"):
             await broken.finish()
         await until(lambda: len(engine.aborted) == 1)
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_what_comes_while_the_loop_is_busy_is_told_together(tokenizer: Tokenizer) -> None:
+    """One write for what several steps brought an answer, and the engine's end keeps its place behind it."""
+
+    class Silent(FakeEngine):
+        def _run(self) -> None:
+            pass
+
+    async def run() -> None:
+        engine = Silent(tokenizer)
+        pool, _ = await opened([engine])
+        generation, told = pool.begin([job(tokenizer, "abc")]), []
+
+        def taken(pieces: list[Piece]) -> bool:
+            told.append([(piece.tokens, "".join(segment.text for segment in piece.segments)) for piece in pieces])
+            return True
+
+        reading = asyncio.create_task(generation.next(taken))
+        await until(lambda: len(engine.open) == 1)
+        (id,) = engine.open
+        for text in ("ab", "c", "d"):  # what comes before the loop has its turn
+            for letter in text:
+                engine.router.deliver([Output(id, tokenizer.encode(letter))])
+            if text != "d":
+                await asyncio.sleep(0)
+        engine.die("rank 0 was killed (SIGKILL)")
+        assert [piece.tokens for piece in await reading] == [1]
+        with pytest.raises(ApiError, match="the engine has ended: rank 0 was killed"):
+            await generation.next()
+        assert told == [[(2, "ab")], [(1, "c")]] and generation.streams[0].text == "abcd"
         await pool.close()
 
     asyncio.run(run())

@@ -81,7 +81,9 @@ def texts(page: Tab) -> list[str]:
 @in_browser
 def test_a_conversation(page: Tab, tokenizer: Tokenizer) -> None:
     """Settings and what was said before are sent with each message; figures and the cache's use are shown."""
-    with running(tokenizer, FakeEngine(tokenizer)) as server:
+    engine = FakeEngine(tokenizer)
+    engine.pace = 0.002  # else all of an answer but its first token may come at once
+    with running(tokenizer, engine) as server:
         opened(page, server)
         page.until("the('kv-share').textContent === '60%' && the('requests').textContent === '0 running, 0 waiting'")
         ask(page, "Hi", 1)

@@ -227,4 +227,4 @@ def test_what_comes_while_a_thread_writes_is_told_once(tokenizer: Tokenizer, mon
     monkeypatch.setattr(writer, "_known", lambda _: next(looks))
     one.streams[0].prompt_logprobs = [TokenLogprob(-0.25, []), TokenLogprob(-0.25, [])]
     lines = (writer.pieces(generation._tell()) + writer.pieces([])).decode().splitlines()
-    assert [json.loads(line[6:])["choices"][0]["text"] for line in lines if line] == ["abc", "x", "x", "x"]
+    assert [json.loads(line[6:])["choices"][0]["text"] for line in lines if line] == ["abc", "xxx"]

@@ -22,8 +22,11 @@ from typing import Self
 from tpctl.errors import RequestError, TpctlError
 from tpctl.wire.messages import Abort, Add, Output, Request
 
-Sink = Callable[["list[Output] | TpctlError"], object]
-"""Takes outputs of one's own requests, or why there will be no more."""
+Share = list[tuple[str, Output]]
+"""Outputs of one's own requests, each beside its request's own id: that in the output is the engine's."""
+
+Sink = Callable[[Share | TpctlError], object]
+"""Takes those, or why there will be no more."""
 
 
 class Router:
@@ -48,7 +51,7 @@ class Router:
         """One for a new consumer.
 
         Args:
-            sink: is given what ``Mailbox.outputs`` would return or raise, as it comes; it must not wait.
+            sink: is given what comes, in the place of ``Mailbox.outputs``; it must not wait.
         """
         with self._lock:
             mailbox = Mailbox(self, next(self._numbers), sink)
@@ -60,18 +63,17 @@ class Router:
 
     def deliver(self, outputs: Sequence[Output]) -> None:
         """Put each output where its request came from; drop it if that mailbox is closed."""
-        shares: dict[Mailbox, list[Output]] = {}
+        shares: dict[Mailbox, Share] = {}
         with self._lock:
             for output in outputs:  # hundreds a step, so no more than need be is done for each
-                id, *rest = output
-                if (known := self._routes.get(id)) is None:
+                if (known := self._routes.get(output.id)) is None:
                     continue
                 if output.finish_reason is not None:
-                    del self._routes[id]
+                    del self._routes[output.id]
                 mailbox, own = known
                 if (share := shares.get(mailbox)) is None:
                     share = shares[mailbox] = []
-                share.append(Output._make((own, *rest)))
+                share.append((own, output))
         for mailbox, share in shares.items():
             mailbox.put(share)
 
@@ -170,9 +172,14 @@ class Mailbox:
             with suppress(TpctlError):  # an engine that has ended computes nothing any more
                 self._router.send(Abort(left))
 
-    def put(self, item: list[Output] | TpctlError) -> None:
+    def put(self, item: Share | TpctlError) -> None:
         """Called by the router."""
-        (self._queue.put if self._sink is None else self._sink)(item)
+        if self._sink is not None:
+            self._sink(item)
+        elif isinstance(item, TpctlError):
+            self._queue.put(item)
+        else:
+            self._queue.put([Output._make((own, *output[1:])) for own, output in item])
 
 
 def check_length(num_tokens: int, max_model_len: int) -> None:

@@ -227,12 +227,20 @@ class TextStream:
 
     def _push_one(self, output: Output) -> list[Segment]:
         """A token among others, as nearly all are, where nothing in its text ends the answer."""
-        self.token_ids += output.token_ids
-        shown = self._pushed(output.token_ids[0])
-        if output.logprobs is None:
+        id = output.token_ids[0]
+        self.token_ids.append(id)
+        shown = self._splitter.push(id) if self._thoughts is None else self._pushed(id)
+        if output.logprobs is not None:
+            self.logprobs += output.logprobs
+            return self._told(shown, id)
+        if len(shown) != 1:
             return self._keep(shown) if shown else shown
-        self.logprobs += output.logprobs
-        return self._told(shown, output.token_ids[0])
+        text, thought, _ = shown[0]
+        kept, kind = (self._thoughts, "reasoning") if thought else (self._pieces, "message")
+        if kept is None or self._kind != kind:
+            return self._keep(shown)
+        kept.append(text)
+        return shown
 
     def _pushed(self, id: int) -> list[Segment]:
         """The text that a token completes. One that opens or closes a thought is no part of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from tpctl.client.reasoning_stream import Segment
@@ -36,16 +37,25 @@ class Piece(NamedTuple):
     finish_reason: str | None
 
 
-def joined(piece: Piece, following: Piece) -> Piece:
-    """Two pieces of one answer as one, whose texts of a kind are one, too."""
-    segments = list(piece.segments)
-    for segment in following.segments:
-        last = segments[-1] if segments else None
-        if last is None or last.call or segment.call or last.reasoning != segment.reasoning:
-            segments.append(segment)
-        else:
-            segments[-1] = segment._replace(text=last.text + segment.text)
-    return Piece(piece.at, segments, piece.first, piece.tokens + following.tokens, following.finish_reason)
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """One for each answer; its texts of a kind that follow each other are one, too."""
+    each: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        each.setdefault(piece.at, []).append(piece)
+    return [_one(run) for run in each.values()]
+
+
+def _one(run: Sequence[Piece]) -> Piece:
+    segments: list[Segment] = []
+    for kind, some in groupby(chain.from_iterable(piece.segments for piece in run), _kind):
+        same = list(some)
+        segments += same if kind is None else [Segment("".join(segment.text for segment in same), kind)]
+    return Piece(run[0].at, segments, run[0].first, sum(piece.tokens for piece in run), run[-1].finish_reason)
+
+
+def _kind(segment: Segment) -> bool | None:
+    """Whether it was thought; ``None``: it is of a call."""
+    return segment.reasoning if segment.call is None else None
 
 
 Taker = Callable[[list[Piece]], bool]
@@ -137,7 +147,9 @@ class Generation:
             self.fail(_failure(output.message or "the request was given up", self._guide))
             return True
         if self.interval:
-            self._keep(Piece(at, segments, before, new, reason))
+            self._untold += new
+            self._pressing |= before == 0 or reason is not None
+            self._pieces.append(Piece(at, segments, before, new, reason))
         if reason is not None:
             self._left -= 1
             if self.interval or not self._left:
@@ -165,16 +177,6 @@ class Generation:
             self._cached[prompt] = tokens
             self.cached_tokens += tokens - known
 
-    def _keep(self, piece: Piece) -> None:
-        """For whoever is told next."""
-        self._untold += piece.tokens
-        if piece.first == 0 or piece.finish_reason is not None:
-            self._pressing = True
-        if self.interval > 1 and self._pieces and self._pieces[-1].at == piece.at:
-            self._pieces[-1] = joined(self._pieces[-1], piece)
-        else:
-            self._pieces.append(piece)
-
     @property
     def _due(self) -> bool:
         """Whether there is as much as is told together."""
@@ -183,20 +185,21 @@ class Generation:
     def _tell(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
         self._telling, self._untold, self._pressing = self._telling + self._untold, 0, False
-        return pieces
+        return pieces if len(pieces) == 1 else joined(pieces)
 
     def flush(self) -> None:
         """All that the engine had for now has been pushed."""
         if self._taker is None or not self._pieces or self.done or not self._due:
             return
+        if len(self._pieces) > 1:
+            self._pieces = joined(self._pieces)
         try:
             taken = self._taker(self._pieces)
         except Exception as error:  # what comes behind this is others'
             self.fail(error)
             return
         if taken:
-            self._tell()
-            self._telling = 0
+            self._pieces, self._untold, self._pressing = [], 0, False
         else:
             self._wake()
 

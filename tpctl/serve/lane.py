@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
 
-from tpctl.client.router import Mailbox, Sink
+from tpctl.client.router import Mailbox, Share, Sink
 from tpctl.errors import EngineError, TpctlError
 from tpctl.serve.generation import Generation
 from tpctl.serve.metrics import Metrics
@@ -51,6 +52,8 @@ class Lane:
         self._asker = ThreadPoolExecutor(1, "tpctl-serve-asker")
         self._question: asyncio.Future[EngineStats] | None = None  # for its counters, under way
         self._asked = self._heard = time.monotonic()
+        self._came: deque[Share | TpctlError] = deque()
+        self._called = False  # whether the loop is to look at it
         self._mailbox = engine.mailbox(self._sink)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -101,7 +104,7 @@ class Lane:
             if isinstance(error, EngineError):  # it has ended, which is said before it is one request's fault
                 self._sink(error)
             message = str(error)
-            self._sink([Output(request.id, [], "error", message) for request in requests])
+            self._sink([(request.id, Output(request.id, [], "error", message)) for request in requests])
         except Exception as error:  # what a thread of an executor raises, nobody hears
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._broke, requests, error)
@@ -116,21 +119,36 @@ class Lane:
         with suppress(TpctlError):
             self._mailbox.abort(ids)
 
-    def _sink(self, item: list[Output] | TpctlError) -> None:
+    def _sink(self, item: Share | TpctlError) -> None:
         """Any thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(self._take, item)
+        self._came.append(item)
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._take)
 
-    def _take(self, item: list[Output] | TpctlError) -> None:
-        if isinstance(item, TpctlError):
-            self._failed(item)
-            return
-        now = self._heard = time.monotonic()
-        stopped: list[str] = []
+    def _take(self) -> None:
+        """All that has come: where the loop is behind, what several steps brought an answer is told together."""
+        self._called = False  # before it is looked at what there is, so that nothing is left
         touched: dict[Generation, None] = {}
-        observe = self._metrics.arrived
-        for output in item:  # hundreds a step, so no more than need be is done for each
-            id = output.id
+        stopped: list[str] = []
+        while self._came:
+            item = self._came.popleft()
+            if isinstance(item, TpctlError):
+                self._failed(item)
+            else:
+                self._heard = time.monotonic()
+                self._push(item, touched, stopped)
+        for generation in touched:
+            generation.flush()
+        if stopped:
+            self.abort(stopped)
+
+    def _push(self, share: Share, touched: dict[Generation, None], stopped: list[str]) -> None:
+        """Have generations take in what came for them; add those to ``touched``, and to ``stopped`` the ids of requests
+        that ended by what the engine does not know of."""
+        now, observe = self._heard, self._metrics.arrived
+        for id, output in share:  # hundreds a step, so no more than need be is done for each
             if (found := self.open.get(id)) is None:
                 continue  # given up, and the engine did not know that yet
             generation, at = found
@@ -150,7 +168,3 @@ class Lane:
                     self._metrics.ended(reason or "error")
                 if output.finish_reason is None:  # a stop text, of which the engine does not know
                     stopped.append(id)
-        for generation in touched:
-            generation.flush()
-        if stopped:
-            self.abort(stopped)

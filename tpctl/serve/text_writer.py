@@ -33,6 +33,7 @@ class TextWriter(ChunkWriter):
     """/v1/completions; with ``echo`` each answer begins with its prompt."""
 
     chat = False
+    before, behind = b'"text":', b""
 
     def __init__(self, echo: Sequence[str] | None, told: PromptLogprobs, scored: bool, *rest: Any) -> None:
         """``echo``: the text of each prompt; ``scored``: answers are empty, whatever the engine makes."""
@@ -94,7 +95,7 @@ class TextWriter(ChunkWriter):
         return begun + super()._full(piece)
 
     def _deltas(self, piece: Piece) -> list[bytes]:
-        return [b'"text":' + encode(text) for text, *_ in piece.segments]
+        return [self.before + encode(text) for text, *_ in piece.segments]
 
     def _last(self) -> bytes:
         return b'"text":""'

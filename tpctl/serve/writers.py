@@ -35,9 +35,14 @@ class ChunkWriter(ABC):
     """What both endpoints have in common.
 
     A chunk is put together of bytes that are made beforehand and the text: it is made for every token.
+
+    Attributes:
+        chat: which of the two it is. before, behind: what stands beside a text of the answer itself in a chunk.
     """
 
     chat: bool
+    before: bytes
+    behind: bytes
 
     def __init__(
         self, model: str, jobs: Sequence[Job], generation: Generation, tokenizer: Tokenizer, streaming: Streaming
@@ -61,22 +66,27 @@ class ChunkWriter(ABC):
         self._head = b"data: " + encode(opened)[:-1] + b',"choices":['
         self._heads = [self._head + b'{"index":%d,' % at for at in range(len(self._streams))]
         self._tail = b',"logprobs":null,"finish_reason":null}' + self._closed()
+        self._befores = [head + self.before for head in self._heads]
+        self._behind = self.behind + self._tail
+        self._plain = not (self._wants_logprobs or streaming.continuous_usage)
 
     def begin(self) -> bytes:
         return b""
 
     def slow(self, pieces: Sequence[Piece]) -> bool:
-        return many_logprobs(self._jobs[0], pieces)
+        return self._wants_logprobs and many_logprobs(self._jobs[0], pieces)
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
-        plain = not (self._wants_logprobs or self._streaming.continuous_usage)
-        found = []
+        found: list[bytes] = []
         for piece in pieces:
-            if plain:
-                found += [self._heads[piece.at] + delta + self._tail for delta in self._deltas(piece)]
-            else:
+            at, segments, _, _, reason = piece
+            if not self._plain:
                 found += self._full(piece)
-            if (reason := piece.finish_reason) is not None:
+            elif len(segments) == 1 and not (segments[0].reasoning or segments[0].call):
+                found += (self._befores[at], encode(segments[0].text), self._behind)
+            else:
+                found += [self._heads[at] + delta + self._tail for delta in self._deltas(piece)]
+            if reason is not None:
                 said = b',"logprobs":null,"finish_reason":"%s"}' % reason.encode()
                 found.append(self._heads[piece.at] + self._last() + said + self._closed())
         return b"".join(found)
@@ -162,6 +172,7 @@ class ChatWriter(ChunkWriter):
     """/v1/chat/completions."""
 
     chat = True
+    before, behind = b'"delta":{"content":', b"}"
 
     def begin(self) -> bytes:
         role = b'"delta":{"role":"assistant","content":""}'
@@ -169,7 +180,7 @@ class ChatWriter(ChunkWriter):
 
     def _deltas(self, piece: Piece) -> list[bytes]:
         return [
-            (b'"delta":{"reasoning_content":' if reasoning else b'"delta":{"content":') + encode(text) + b"}"
+            (b'"delta":{"reasoning_content":' if reasoning else self.before) + encode(text) + self.behind
             if call is None
             else b'"delta":{"tool_calls":[' + encode(_call(call)) + b"]}"
             for text, reasoning, call in piece.segments
