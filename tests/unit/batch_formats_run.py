@@ -35,7 +35,12 @@ def answer(
         if results.count:
             check_kept(results, reader.lines(), reader.shown)
         parser = JobParser(
-            tokenizer, sampling={"max_tokens": 40}, stop=[], max_model_len=64, form=lambda: formats.source.form
+            tokenizer,
+            sampling={"max_tokens": 40},
+            stop=[],
+            max_model_len=64,
+            vocab_size=tokenizer.backend.get_vocab_size(),
+            form=lambda: formats.source.form,
         )
         batch: Any = Batch(fake, tokenizer, results, 4)  # type: ignore[arg-type]
         tally: Tally = batch.run(

@@ -104,6 +104,42 @@ def test_prompts_log_probabilities_are_where_vllm_has_them(tokenizer: Tokenizer,
     assert [choice["prompt_logprobs"] for choice in completed["choices"]] == [expected, expected]
 
 
+def test_a_text_may_begin_with_its_prompt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As the server tells it, whose code this is (``tests/unit/test_serve_streamed.py``, ``test_serve_fields.py``)."""
+    ids = tokenizer.encode("abc")
+    asked: dict[str, dict[str, Any]] = {
+        "plain": {"prompt": "abc", "echo": True},
+        "of tokens": {"prompt": ids, "echo": True, "logprobs": 1},
+        "several": {"prompt": [ids], "echo": True, "logprobs": 0, "prompt_logprobs": 1, "n": 2},
+        "scored": {"prompt": ["abc"], "echo": True, "logprobs": 1, "max_tokens": 0},
+        "empty": {"prompt": "abc", "max_tokens": 0, "echo": False},
+        "without": {"prompt": ids, "prompt_logprobs": 0},
+    }
+    lines = [line(name, body, TEXT) for name, body in asked.items()]
+    fake = FakeClient(tokenizer)
+    assert answer(tokenizer, write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", fake=fake).errors == 0
+    assert [one.sampling.prompt_logprobs for one in fake.requests] == [None, 1, 1, None, 1, None, 0]
+    assert all(one.token_ids == ids for one in fake.requests)
+    # Not by the client's types: they have no place for the first token of a prompt, of which no more is known.
+    found = {row["custom_id"]: row["response"]["body"] for row in read_lines(tmp_path / "out.jsonl")}
+    texts = {name: [choice["text"] for choice in body["choices"]] for name, body in found.items()}
+    both = "abc<abc>"
+    assert texts["plain"] == texts["of tokens"] == [both] and texts["several"] == [both] * 2
+    assert texts["scored"] == ["abc"] and texts["empty"] == [""] and texts["without"] == ["<abc>"]
+    assert found["plain"]["choices"][0]["logprobs"] is None
+    told = found["of tokens"]["choices"][0]["logprobs"]
+    assert told["tokens"][:5] == ["a", "b", "c", "<", "a"] and told["text_offset"][:5] == [0, 1, 2, 3, 4]
+    assert told["token_logprobs"][:4] == [None, -0.25, -0.25, -0.5] and told["top_logprobs"][0] is None
+    for choice in found["several"]["choices"]:
+        assert choice["logprobs"]["tokens"][:4] == ["a", "b", "c", "<"] and len(choice["prompt_logprobs"]) == 3
+    (scored,), (empty,) = found["scored"]["choices"], found["empty"]["choices"]
+    assert scored["logprobs"]["tokens"] == ["a", "b", "c"] and scored["logprobs"]["text_offset"] == [0, 1, 2]
+    assert scored["finish_reason"] == empty["finish_reason"] == "length" and "prompt_logprobs" not in scored
+    for name in ("scored", "empty"):
+        usage = found[name]["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (3, 0, 3)
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -132,7 +168,15 @@ def test_prompts_log_probabilities_are_where_vllm_has_them(tokenizer: Tokenizer,
         (line("x", {"model": "m"}, TEXT), "the body has no prompt"),
         (line("x", {"prompt": ["a", "b"]}, TEXT), 'prompt is ["a", "b"], but must be one string'),
         (line("x", {"prompt": "a", "best_of": 4}, TEXT), "best_of is 4 with n 1"),
-        (line("x", {"prompt": "a", "echo": True}, TEXT), "echo is true"),
+        (line("x", {"prompt": "a", "echo": 1}, TEXT), "echo is 1, but must be true or false"),
+        (line("x", {**chat("a"), "echo": True}), "unknown field 'echo' in the body of a request to /v1/chat/compl"),
+        (line("x", {"prompt": "a", "max_tokens": -1}, TEXT), "max_tokens is -1, but must be at least 0"),
+        (line("x", {"prompt": [[5], [6]]}, TEXT), "prompt is [[5], [6]], but must be one string, or the token ids of"),
+        (line("x", {"prompt": []}, TEXT), "prompt is [], but must be one string, or the token ids of one prompt"),
+        (line("x", {"prompt": [5, "a"]}, TEXT), 'prompt has "a" at place 1, but begins with a token id'),
+        (line("x", {"prompt": [5, 300]}, TEXT), "prompt holds token 300, but the model knows ids 0 to"),
+        (line("x", {"prompt": [5] * 65}, TEXT), "the prompt has 65 tokens"),
+        (line("x", {"input": "a"}, "/v1/responses"), "url is /v1/responses, which only a server answers; ask for it"),
     ],
 )
 def test_what_cannot_be_run_is_that_lines_error_alone(

@@ -34,6 +34,11 @@ def test_a_prompt_line(tokenizer: Tokenizer) -> None:
     assert (job.sampling.max_tokens, job.sampling.temperature, job.sampling.seed) == (30, 0.5, 6)
 
 
+def test_a_line_of_token_ids(tokenizer: Tokenizer) -> None:
+    job = parse(tokenizer, {"prompt": [6, 5, 6]})
+    assert isinstance(job, Job) and not job.chat and job.token_ids == [6, 5, 6]
+
+
 def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
     entry = {
         "id": "q",
@@ -61,7 +66,11 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({}, 'has neither "prompt" nor "messages"; give one of them'),
         ({"prompt": "a", "messages": []}, 'has both "prompt" and "messages"; give one of them'),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": 5}, "prompt is 5, but must be a string"),
+        ({"prompt": 5}, "prompt is 5, but must be a string, or a list of token ids"),
+        ({"prompt": []}, "prompt is [], but must be a string, or a list of token ids"),
+        ({"prompt": ["a"]}, 'prompt is ["a"], but must be a string, or a list of token ids'),
+        ({"prompt": [5, True]}, "prompt has true at place 1, but begins with a token id"),
+        ({"prompt": [5] * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
         ({"prompt": "a" * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
         ({"messages": []}, 'messages is [], but must be a list of {"role": "…", "content": "…"}, not empty'),
         ({"messages": "hi"}, 'messages is "hi", but must be a list of'),

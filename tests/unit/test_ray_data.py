@@ -95,7 +95,7 @@ def test_conversations_columns_of_their_own_and_a_prefix(generator: Callable[...
     found = answer({"text": texts(chat, "p", 5), "max_tokens": texts(2, None, None)})
     assert list(found["said_text"]) == ["<[", "<p>", None]
     assert list(found["said_finish_reason"]) == ["length", "stop", "error"]
-    assert found["said_error"][2] == "prompt is 5, but must be a string"
+    assert found["said_error"][2] == "prompt is 5, but must be a string, or a list of token ids"
 
 
 def test_seeds_are_of_what_is_asked_and_not_of_the_batch(generator: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.serving import served
 from tests.unit.test_serve_pool import job, until
+from tpctl.client.echoed import PromptLogprobs
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import responses, writers
 from tpctl.serve.answered import Answered
@@ -26,7 +27,7 @@ from tpctl.serve.asked import Streaming
 from tpctl.serve.generation import Generation
 from tpctl.serve.responses import ResponseWriter
 from tpctl.serve.straight import STATE
-from tpctl.serve.text_writer import PromptLogprobs, TextWriter
+from tpctl.serve.text_writer import TextWriter
 from tpctl.serve.threads import Threads
 from tpctl.serve.writers import ChatWriter, ChunkWriter
 from tpctl.wire.messages import Output

@@ -158,6 +158,7 @@ class Replica:
             sampling=asked.sampling,
             stop=asked.stop,
             max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
             repeated=leases.repeated,
             form=lambda: asked.formats.source.form,
         )

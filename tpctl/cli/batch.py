@@ -150,6 +150,7 @@ def batch(
                 sampling=values,
                 stop=stop,
                 max_model_len=info.max_model_len,
+                vocab_size=info.vocab_size,
                 form=lambda: given.source.form,
             )
             with progress(given.total, config.tp_size, silent=silent) as show, interrupts() as noted:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from tpctl.client.echoed import likeliest
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import BadLine, Job, JobId, JobParser, Line
 from tpctl.client.router import Mailbox
@@ -287,6 +288,13 @@ class Batch:
         """Keep the row of a line whose answers have all ended."""
         job, streams = answers.job, answers.streams
         choices = [self._choice(job, stream, note) for stream, note in zip(streams, answers.notes, strict=True)]
+        prompt = None  # which is the same for all of them
+        if streams[0].prompt_logprobs is not None:
+            prompt = prompt_rows(self._tokenizer, job.token_ids, streams[0].prompt_logprobs)
+        if job.echo is not None:
+            choices = [job.echo.choice(choice, prompt, self._tokenizer.special_ids) for choice in choices]
+            most = job.echo.told.asked
+            prompt = None if prompt is None or most is None else likeliest(prompt, most)
         note = next((note for note in answers.notes if note is not None), None)
         row: dict[str, Any] = {"id": job.id}
         if len(choices) == 1:
@@ -295,10 +303,12 @@ class Batch:
             row["choices"] = choices
         row["prompt_tokens"] = len(job.token_ids)
         row["completion_tokens"] = sum(len(stream.token_ids) for stream in streams)
+        if job.echo is not None and job.echo.scored:
+            row["completion_tokens"] = 0
         if len(choices) == 1 and "logprobs" in choices[0]:
             row["logprobs"] = choices[0]["logprobs"]
-        if streams[0].prompt_logprobs is not None:  # the prompt is the same for all of them
-            row["prompt_logprobs"] = prompt_rows(self._tokenizer, job.token_ids, streams[0].prompt_logprobs)
+        if prompt is not None:
+            row["prompt_logprobs"] = prompt
         if note is not None:
             row["note"] = note
             self.tally.cut += 1

@@ -47,12 +47,15 @@ class Wanted:
 
     Attributes:
         names: what it calls some of the fields, and of the variables for the chat template, by tpctl's own names.
+        echo: whether answers begin with their prompt; ``scored``: they are to have no tokens (``client.echoed``).
     """
 
     fields: Mapping[str, Any]
     choices: int = 1
     tools: Tools | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    echo: bool = False
+    scored: bool = False
 
 
 class Form(Protocol):

@@ -1,6 +1,7 @@
 """The lines of a batch file as requests, and what is wrong with those that are none.
 
 {"prompt": "Once upon"}
+{"prompt": [504, 2612, 16]}
 {"id": "q7", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 20, "stop": ["\\n"]}
 {"messages": [{"role": "user", "content": "Why?"}], "chat_template_kwargs": {"enable_thinking": false}}
 """
@@ -10,17 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import count
 from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
+from tpctl.client.echoed import Echo, PromptLogprobs
 from tpctl.client.fields import asked_as
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
 from tpctl.client.guides import called
 from tpctl.client.router import check_length
+from tpctl.client.token_ids import begins_with_id, check_ids
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.client.tools.asked import Tools, with_tools
 from tpctl.client.tools.enforced import formed
@@ -65,6 +68,7 @@ class Job:
     Attributes:
         choices: answers that it asks for.
         tools: functions that they may call.
+        echo: how they are told, where that is not as they are.
         beside: what its row has besides them; ``refused``: what more, if it cannot be had as it is.
     """
 
@@ -76,6 +80,7 @@ class Job:
     chat: bool = False
     choices: int = 1
     tools: Tools | None = None
+    echo: Echo | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,6 +134,7 @@ class JobParser:
         sampling: Mapping[str, Any],
         stop: Sequence[str],
         max_model_len: int,
+        vocab_size: int = 0,
         repeated: Callable[[Line], bool] | None = None,
         form: Callable[[], Form] = lambda: OWN,
     ) -> None:
@@ -139,6 +145,7 @@ class JobParser:
                 that equal prompts are sampled differently, and the same way on every run.
             stop: texts that end an answer.
             max_model_len: tokens of the longest sequence.
+            vocab_size: tokens that the model knows; 0: it is not known.
             repeated: says whether an earlier line has a line's id, if somebody else remembers them.
             form: says how lines ask, once there are some.
         """
@@ -146,6 +153,7 @@ class JobParser:
         self._sampling = {"seed": 0, **sampling}
         self._stop = tuple(stop)
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self._repeated = repeated
         self._form = form
         self._seen: set[bytes] = set()
@@ -212,10 +220,20 @@ class JobParser:
         stop = read_stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry, wanted.tools)
         check_length(len(token_ids), self._max_model_len)
+        if not isinstance(entry.get("prompt"), str | None):
+            check_ids(token_ids, self._vocab_size, "prompt")
         form = self._tokenizer.reasoning if "messages" in entry else None
         sampling = called(formed(sampling, self._tokenizer, token_ids, form, wanted.tools), wanted.names)
+        echo = None
+        if wanted.echo or wanted.scored:
+            text = entry["prompt"]
+            if not isinstance(text, str):
+                text = self._tokenizer.decode(token_ids, skip_special=False)
+            told = PromptLogprobs(sampling.prompt_logprobs, sampling.logprobs if wanted.echo else None)
+            echo = Echo(text if wanted.echo else None, told, wanted.scored)
+            sampling = replace(sampling, prompt_logprobs=told.most)
         chat, tools = "messages" in entry, wanted.tools
-        return Job(line, id, token_ids, sampling, stop, chat, wanted.choices, tools, beside, refused)
+        return Job(line, id, token_ids, sampling, stop, chat, wanted.choices, tools, echo, beside, refused)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any], tools: Tools | None) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):
@@ -233,8 +251,10 @@ class JobParser:
         if entry.get("chat_template_kwargs") is not None:
             raise _Refused('has chat_template_kwargs, which are for "messages", with a "prompt"; leave them out')
         prompt = entry["prompt"]
+        if begins_with_id(prompt):
+            return list(prompt)
         if not isinstance(prompt, str):
-            raise _Refused(f"prompt is {shown(prompt)}, but must be a string")
+            raise _Refused(f"prompt is {shown(prompt)}, but must be a string, or a list of token ids")
         if not prompt:
             raise _Refused("the prompt is empty")
         return self._tokenizer.encode(prompt, most=self._max_model_len - 1)

@@ -192,7 +192,8 @@ class Generator:
 
     def _run(self, llm: LLM, lines: list[Line], rows: dict[int, dict[str, Any]], alone: bool) -> None:
         tokenizer, info = llm.tokenizer, llm.info
-        parser = JobParser(tokenizer, sampling=self._sampling, stop=self._stop, max_model_len=info.max_model_len)
+        most, size = info.max_model_len, info.vocab_size
+        parser = JobParser(tokenizer, sampling=self._sampling, stop=self._stop, max_model_len=most, vocab_size=size)
         window = 1 if alone else max(2, 4 * info.max_num_seqs)
         Batch(llm.client, tokenizer, _Rows(rows), window).run(lines, parser, together=1 if alone else _TOGETHER)
 

@@ -17,6 +17,7 @@ from tpctl.client.guides import called
 from tpctl.client.openai_schemas import MOST_MESSAGES, MOST_PROMPTS, NOT_IN_STREAMS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
+from tpctl.client.token_ids import begins_with_id, check_ids
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, with_tools
 from tpctl.client.tools.enforced import formed
@@ -176,34 +177,18 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     Raises:
         FieldError: it is none of these.
     """
-    if _begins_with_id(value):
+    if begins_with_id(value):
         return [value]
     each = value if isinstance(value, list) else [value]
     if not each or len(each) > MOST_PROMPTS:
         raise FieldError(f"prompt has {len(each)} prompts, but must have from 1 to {MOST_PROMPTS}", "prompt")
     for prompt in each:
-        if not (isinstance(prompt, str) and prompt) and not _begins_with_id(prompt):
+        if not (isinstance(prompt, str) and prompt) and not begins_with_id(prompt):
             raise FieldError(
                 f"prompt is {shown(prompt)}, but must be a text or a list of token ids, or a list of such, none empty",
                 "prompt",
             )
     return each
-
-
-def _begins_with_id(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and type(value[0]) is int
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    """Raise ``FieldError`` if a token is none of the model's, or none at all."""
-    if odd := set(map(type, ids)) - {int}:
-        at, wrong = next((at, one) for at, one in enumerate(ids) if type(one) in odd)
-        raise FieldError(f"{what} has {shown(wrong)} at place {at}, but begins with a token id", what)
-    if ids and vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(id for id in ids if not 0 <= id < vocab_size)
-        raise FieldError(
-            f"{what} holds token {shown(wrong)}, but the model knows ids 0 to {vocab_size - 1}; leave it out", what
-        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from tpctl.client.echoed import PromptLogprobs, scored
 from tpctl.client.fields import FieldError, flag
 from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import settings
@@ -22,7 +23,7 @@ from tpctl.serve.memory import Holding, prompt_size, token_size
 from tpctl.serve.pool import Job, Pool
 from tpctl.serve.response_asked import read_response
 from tpctl.serve.responses import ResponseWriter
-from tpctl.serve.text_writer import PromptLogprobs, TextWriter
+from tpctl.serve.text_writer import TextWriter
 from tpctl.serve.tokens import detokenized, tokenized
 from tpctl.serve.writers import ChatWriter
 
@@ -107,7 +108,7 @@ class Endpoints:
         streaming = Streaming.taken(body)
         echo = flag(body.pop("echo", False), "echo")
         prompts = read_prompts(_taken(body, "prompt"))
-        wanted, scored = _scored(settings(body, chat=False))
+        wanted, empty = scored(settings(body, chat=False))
         _check_stream(wanted, streaming)
         told = PromptLogprobs(wanted.fields.get("prompt_logprobs"), wanted.fields.get("logprobs") if echo else None)
         wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
@@ -119,7 +120,7 @@ class Endpoints:
                 wanted,
                 _Asked(streaming.wanted, since, holding),
                 lambda generation: TextWriter(
-                    texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming
+                    texts, told, empty, model, jobs, generation, self.reader.tokenizer, streaming
                 ),
                 2 * (1 + wanted.choices) * sum(map(len, texts or ())),
             )
@@ -193,24 +194,6 @@ class Endpoints:
     def _max_model_len(self) -> int:
         """0 while that is not known."""
         return 0 if self.pool.info is None else self.pool.info.max_model_len
-
-
-def _scored(wanted: Wanted) -> tuple[Wanted, bool]:
-    """What is asked of an engine, and whether that is about prompts alone: no tokens are to follow, but it makes one.
-
-    Raises:
-        FieldError: there must be more than none, or there are less.
-    """
-    fields = dict(wanted.fields)
-    most = fields.get("max_tokens")
-    if type(most) is int and most < 0:
-        name = wanted.names.get("max_tokens", "max_tokens")
-        raise FieldError(f"{name} is {shown(most)}, but must be at least 0", name)
-    if type(most) is not int or most > 0:
-        return wanted, False
-    if fields.pop("min_tokens", 0):
-        raise FieldError("min_tokens is set, and max_tokens is 0; leave one of them out", "min_tokens")
-    return replace(wanted, fields={**fields, "max_tokens": 1}), True
 
 
 def _check_stream(wanted: Wanted, streaming: Streaming) -> None:

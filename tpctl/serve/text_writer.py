@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from tpctl.client.echoed import Echo, PromptLogprobs, places
 from tpctl.client.openai_answers import text_logprobs
 from tpctl.client.text_stream import TextStream
 from tpctl.serve.answered import encode
@@ -12,21 +13,6 @@ from tpctl.serve.generation import Piece
 from tpctl.serve.json_pieces import encode_pieces
 from tpctl.serve.pool import Job
 from tpctl.serve.writers import ChunkWriter
-
-
-class PromptLogprobs(NamedTuple):
-    """How many likeliest tokens are told beside each of a prompt's; ``None``: nothing is told of it.
-
-    ``asked``: by that name. ``echoed``: since answers with log-probabilities begin with their prompts.
-    """
-
-    asked: int | None
-    echoed: int | None
-
-    @property
-    def most(self) -> int | None:
-        """What the engine is to find."""
-        return max((count for count in self if count is not None), default=None)
 
 
 class TextWriter(ChunkWriter):
@@ -88,7 +74,7 @@ class TextWriter(ChunkWriter):
             job = self._jobs[piece.at // self._each]
             said = self._echo[piece.at // self._each]
             rows = self._prompt(job, self._echoed)
-            told = encode_pieces(text_logprobs(rows, self._offsets(rows, 0, said)[:-1]), within=0)
+            told = encode_pieces(text_logprobs(rows, places(rows, 0, self._silent, said)[:-1]), within=0)
             text = b'"text":' + encode(said)
             more = b',"logprobs":' + told + b',"finish_reason":null}'
             begun.append(self._heads[piece.at] + text + more + self._closed())
@@ -101,39 +87,17 @@ class TextWriter(ChunkWriter):
         return b'"text":""'
 
     def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
-        offsets = self._offsets(tokens, self._places[piece.at])
+        offsets = places(tokens, self._places[piece.at], self._silent)
         self._places[piece.at] = offsets.pop()
         return text_logprobs(tokens, offsets)
 
-    def _offsets(self, tokens: Sequence[dict[str, Any]], place: int, text: str = "") -> list[int]:
-        """Where tokens begin in the text that is returned, and where the last one ends.
-
-        A control token, which an answer's text leaves out and which the tokenizer puts before a prompt, takes no room
-        there, unless it stands in ``text``, the prompt as it was given.
-        """
-        found = [place]
-        for token in tokens:
-            said: str = token["token"]
-            if token["id"] not in self._silent or text.startswith(said, place):
-                place += len(said)
-            found.append(place)
-        return found
-
     def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
         found = super()._choice(at, stream, job)
-        if self._scored:
-            found |= {"text": "", "finish_reason": "length", **({"logprobs": []} if "logprobs" in found else {})}
-        before, rows, offsets = "", [], []
-        if self._echo is not None:
-            before = self._echo[at // self._each]
-            found["text"] = before + found["text"]
-            if self._echoed is not None:
-                rows = self._prompt(job, self._echoed)
-                offsets = self._offsets(rows, 0, before)[:-1]
-        if "logprobs" in found:
-            found["text_offset"] = [*offsets, *self._offsets(found["logprobs"], len(before))[:-1]]
-            found["logprobs"] = [*rows, *found["logprobs"]]
-        return found
+        prompt = at // self._each
+        text = None if self._echo is None else self._echo[prompt]
+        rows = None if self._echoed is None else self._prompt(job, self._echoed)
+        echo = Echo(text, PromptLogprobs(self._told, self._echoed), self._scored)
+        return echo.choice(found, rows, self._silent)
 
 
 def _cut(finish_reason: str | None) -> str | None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpctl.client.fields import FieldError, flag
+from tpctl.client.token_ids import check_ids
 from tpctl.errors import shown
 from tpctl.serve.answered import Encoded, encode
-from tpctl.serve.asked import Reader, check_ids
+from tpctl.serve.asked import Reader
 
 MOST_CHARACTERS = 1 << 20
 """Of a text: what takes about a second. A context of a million tokens is reached by longer ones, see ``most_of``."""

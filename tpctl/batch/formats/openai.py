@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from tpctl.client import openai_answers as answers
-from tpctl.client.fields import given, refuse
+from tpctl.client.echoed import scored
+from tpctl.client.fields import flag, given, refuse
 from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import CHAT, TEXT, settings
+from tpctl.client.openai_schemas import RESPONSES
 from tpctl.client.results import as_they_are, json_row
+from tpctl.client.token_ids import begins_with_id
 from tpctl.errors import RequestError, shown
 
 _LINE = frozenset({"custom_id", "method", "url", "body"})
-_OF_A_SERVER: Mapping[str, tuple[Any, ...]] = {"stream": (False,), "stream_options": (), "echo": (False,)}
+_OF_A_SERVER: Mapping[str, tuple[Any, ...]] = {"stream": (False,), "stream_options": ()}
 """Fields that are for one who waits, with the values that ask for nothing."""
 
 
@@ -52,6 +55,8 @@ class OpenAIForm:
             raise RequestError(f"custom_id is {shown(entry.get('custom_id'))}, but must be a string")
         if entry.get("method", "POST") != "POST":
             raise RequestError(f"method is {shown(entry['method'])}, but must be POST")
+        if entry.get("url") == RESPONSES:
+            raise RequestError(f"url is {RESPONSES}, which only a server answers; ask for it as {CHAT}")
         if entry.get("url") not in (CHAT, TEXT):
             raise RequestError(f"url is {shown(entry.get('url'))}, but must be {CHAT} or {TEXT}")
         body = entry.get("body")
@@ -65,9 +70,13 @@ OPENAI = OpenAIForm()
 
 def _asked(body: dict[str, Any], *, chat: bool) -> Wanted:
     refuse(body, _OF_A_SERVER)
-    prompt = {"messages": _messages(body)} if chat else {"prompt": _prompt(body)}
-    wanted = settings(body, chat=chat)
-    return replace(wanted, fields={**wanted.fields, **prompt})
+    if chat:
+        messages = _messages(body)
+        wanted = settings(body, chat=True)
+        return replace(wanted, fields={**wanted.fields, "messages": messages})
+    prompt, echo = _prompt(body), flag(body.pop("echo", False), "echo")
+    wanted, empty = scored(settings(body, chat=False))
+    return replace(wanted, fields={**wanted.fields, "prompt": prompt}, echo=echo, scored=empty)
 
 
 def _messages(body: dict[str, Any]) -> Any:
@@ -76,15 +85,20 @@ def _messages(body: dict[str, Any]) -> Any:
     return body.pop("messages")
 
 
-def _prompt(body: dict[str, Any]) -> str:
+def _prompt(body: dict[str, Any]) -> str | list[int]:
     if "prompt" not in body:
         raise RequestError("the body has no prompt")
     prompt = body.pop("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+    if isinstance(prompt, list) and len(prompt) == 1 and (isinstance(prompt[0], str) or begins_with_id(prompt[0])):
         (prompt,) = prompt
-    if not isinstance(prompt, str):
-        raise RequestError(f"prompt is {shown(prompt)}, but must be one string; give each prompt a line of its own")
-    return prompt
+    if isinstance(prompt, str):
+        return prompt
+    if begins_with_id(prompt):
+        return list(prompt)
+    raise RequestError(
+        f"prompt is {shown(prompt)}, but must be one string, or the token ids of one prompt; give each prompt a line "
+        "of its own"
+    )
 
 
 class OpenAISink:
