@@ -150,6 +150,18 @@ def test_what_the_client_parsed_goes_back(tokenizer: Tokenizer) -> None:
         assert 'the field "parsed"' in found.message
 
 
+def test_a_result_of_a_call_that_is_not_there_is_let_pass(tokenizer: Tokenizer) -> None:
+    """Of a conversation that was shortened between the two."""
+    result = {"role": "tool", "tool_call_id": "call_none", "content": "4 degrees"}
+    messages = [{"role": "user", "content": "Hi"}, result]
+    output = {"type": "function_call_output", "call_id": "call_none", "output": "4 degrees"}
+    items = [{"role": "user", "content": "Hi"}, output]
+    with served(tokenizer) as (client, server):
+        for path, body in ((CHAT, {"messages": messages}), ("/v1/responses", {"input": items})):
+            assert client.post(path, json=body).status_code == 200
+            assert "4 degrees" in tokenizer.decode(server.engines[0].requests[-1].token_ids)
+
+
 def test_a_broken_call_is_text(tokenizer: Tokenizer) -> None:
     with served(tokenizer, saying(tokenizer, BROKEN)) as (client, _):
         body = client.post(CHAT, json=chat(tools=TOOLS)).json()["choices"][0]

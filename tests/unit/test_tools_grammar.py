@@ -18,6 +18,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, ToolsError, read_tools, with_tools
 from tpctl.client.tools.enforced import formed, grammar
+from tpctl.client.tools.lark import named
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.errors import RequestError
 from tpctl.wire.guide import of_schema
@@ -317,3 +318,35 @@ def test_texts_between_tags_end_where_their_tag_does(name: str, tmp_path: Path) 
     assert found.deep_copy().try_consume_tokens(ids) == len(ids)
     wrong = tokenizer.encode_rendered(text[len(prompt) :].replace("3", "x").removesuffix("<|im_end|>\n").lstrip("\n"))
     assert found.deep_copy().try_consume_tokens(wrong) < len(wrong)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_call_that_must_be_made_has_the_members_that_its_schema_names(name: str, tmp_path: Path) -> None:
+    """Also without ``strict``, where JSON Schema would let others stand, as vLLM's server has it by default."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    tokenizer = model(name)
+    more: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    found, asked, end = matcher(tokenizer, name, tmp_path, tools=tools, **more)
+    for seed in range(6):
+        stream = walked(tokenizer, found.deep_copy(), asked, end, random.Random(seed))
+        (call,) = stream.calls
+        assert json.loads(call.arguments) in ({"a": "x"}, {"a": "y"}), call
+
+
+@pytest.mark.parametrize(
+    ("more", "closed"),
+    [
+        ({}, True),
+        ({"required": ["a"]}, True),
+        ({"required": ["b"]}, False),
+        ({"properties": {}}, False),
+        ({"additionalProperties": True}, False),
+        ({"patternProperties": {"b": {}}}, False),
+        ({"anyOf": [{"properties": {"b": {}}}]}, False),
+        ({"$ref": "#/$defs/c", "$defs": {"c": {"properties": {"b": {}}}}}, False),
+    ],
+)
+def test_a_schema_that_says_of_others_has_its_way(more: dict[str, Any], closed: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {}}, **more}
+    assert named(schema) == ({**schema, "additionalProperties": False} if closed else schema)

@@ -69,9 +69,10 @@ class Lark:
     def arguments(self) -> list[tuple[str, str]]:
         """The functions, each with a rule for its arguments as JSON.
 
-        What has no strict schema is held to what of it can be enforced.
+        What has no strict schema is held to what of it can be enforced, and to the members that it names.
         """
-        return [(name, self.json(schema, strict=name in self.strict)) for name, schema in self.schemas.items()]
+        each = ((name, schema, name in self.strict) for name, schema in self.schemas.items())
+        return [(name, self.json(schema if strict else named(schema), strict=strict)) for name, schema, strict in each]
 
     def up_to(self, before: str, mark: str) -> str:
         """Text up to and with a mark, before which stands ``before`` unless the mark is a token."""
@@ -128,6 +129,25 @@ class Lark:
             found = f"{name}{len(self.rules)}{how}"
             self.rules[found] = body
         return found.removesuffix(how)
+
+
+_OTHERS = frozenset(
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"}
+    | {"allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "dependentSchemas"}
+)
+"""Words of an object's schema by which it may have members that ``properties`` does not name."""
+
+
+def named(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema of arguments that allows no members but those that it names, if it names some and says no more of
+    others: functions are mostly called with what comes, by name."""
+    members = schema.get("properties")
+    if not isinstance(members, Mapping) or not members or _OTHERS & schema.keys():
+        return schema
+    needed = schema.get("required")
+    if isinstance(needed, list) and not all(isinstance(one, str) and one in members for one in needed):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def digits(expression: str) -> str:

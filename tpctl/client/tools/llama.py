@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpctl.client.tools.json_call import json_head, read_call
-from tpctl.client.tools.lark import Lark
+from tpctl.client.tools.lark import Lark, named
 from tpctl.client.tools.reader import Reader, Reading
 from tpctl.errors import RequestError
 
@@ -43,8 +43,11 @@ class Llama:
 
     def objects(self, lark: Lark) -> str:
         """A call as JSON of a schema, which may stand beside other JSON in a grammar. Raises ``RequestError``."""
-        each = ((_object(name, schema), name in lark.strict) for name, schema in lark.schemas.items())
-        return lark.one_of(lark.json(schema, strict=strict) for schema, strict in each)
+        each = []
+        for name, schema in lark.schemas.items():
+            strict = name in lark.strict
+            each.append(lark.json(_object(name, schema if strict else named(schema)), strict=strict))
+        return lark.one_of(each)
 
     def grammar(self, lark: Lark, *, single: bool) -> str:
         bodies = (
