@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tpctl.client.grammar_process import GrammarProcesses
 from tpctl.client.template import ChatTemplate
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import run as run_module
+from tpctl.serve.asked import Reader
 from tpctl.serve.errors import ApiError
 from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import Pool
@@ -93,6 +95,30 @@ def test_an_end_in_order_lets_requests_end(tokenizer: Tokenizer) -> None:
         until(lambda: _refused(server))
         assert len(server.heard()) == 1
     assert server.failed is None
+
+
+def test_an_end_in_order_lets_end_what_no_engine_has_yet(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was being tokenised when the signal came is no new request."""
+    let, made = threading.Event(), Reader._texts
+
+    def slow(self: Reader, *arguments: Any) -> Any:
+        assert let.wait(PATIENCE)
+        return made(self, *arguments)
+
+    monkeypatch.setattr(Reader, "_texts", slow)
+    with running(tokenizer, FakeEngine(tokenizer), drain=PATIENCE) as server:
+        app: Any = server.server._app  # type: ignore[union-attr]
+        try:
+            socks = [server.ask("/v1/completions", {"prompt": "ab", "stream": stream}) for stream in (True, False)]
+            until(lambda: len(app.under_way) == 2)
+            server.end()
+            until(lambda: _health(server) == (503, {"status": "ending"}))
+            assert httpx2.post(f"{server.url}/v1/completions", json={"prompt": "ab"}).status_code == 503
+        finally:
+            let.set()
+        streamed, whole = (everything(sock) for sock in socks)
+        assert streamed.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and b"<ab>" in whole
+        assert len(server.heard()) == 1
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -117,8 +117,7 @@ class Pool:
         Raises:
             ApiError: they do not.
         """
-        if self.failure is not None:
-            raise ApiError(500, f"the engine has ended: {self.failure}", code="engine_ended")
+        self._check_engines()
         if self.closing is not None:
             raise self.closing
         if self.info is None:
@@ -138,6 +137,11 @@ class Pool:
                 retry_after=1,
             )
         return self.info
+
+    def _check_engines(self) -> None:
+        """Raise ``ApiError`` if one has ended."""
+        if self.failure is not None:
+            raise ApiError(500, f"the engine has ended: {self.failure}", code="engine_ended")
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[EngineInfo]:
@@ -176,9 +180,12 @@ class Pool:
         """Hand in prompts; their answers are numbered through. ``interval``, ``hold``, ``each``: as of ``Generation``.
 
         Raises:
-            ApiError: as ``check_open``; not for what has its places reserved.
+            ApiError: an engine has ended, or all that was under way is given up. Where only an end is in sight this
+                goes on: its places were reserved before.
         """
-        self.check_open(0)
+        self._check_engines()
+        if self._given_up is not None:
+            raise self._given_up
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
         guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
