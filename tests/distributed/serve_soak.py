@@ -1,20 +1,24 @@
 """A server under load and under abuse, with the demo model on this machine: figures for docs/serve.md.
 
-    python -m tests.distributed.serve_soak [--layers 2] [--count N] [streams | aborts | garbage | start]...
+    python -m tests.distributed.serve_soak [--layers 2] [--count N] [NAME]...
 
 ``streams``: 500 at once, none lost, in rounds, and what memory every process holds after each. ``aborts``: 10,000
 requests, or more, whose clients hang up at any point, in rounds as well. ``garbage``: long bodies, broken ones,
-half-open connections; each has its status. ``start``: seconds from the command to the first streamed token, in turns
-with ``chat``'s. After each the engine's books are checked. It ends with an exit code other than 0 where a stream is
-lost, a status is another one, memory goes on growing, the first token comes later than ``chat``'s, somebody complains
-or a process is left.
+half-open connections; each has its status. ``forms``: schemas, regexes, choices and grammars, slow and malformed ones
+among them, and clients of them that hang up. ``tools``: calls that the model may make and that it must, likewise.
+``wire``: requests that come late, bytes behind them, clients that end their sending side. ``ends``: SIGTERM while there
+is work that no engine has been given yet. ``start``: seconds from the command to the first streamed token, in turns
+with ``chat``'s.
+
+After each the engine's books are checked. It ends with an exit code other than 0 where a stream is lost, a status is
+another one, an answer has not its form, memory or the number of threads goes on growing, something is at work when
+nothing is under way, the first token comes later than ``chat``'s, somebody complains or a process is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import pty
 import random
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,39 +35,16 @@ from typing import Any
 from tests.distributed.real_forms import shallow
 from tests.distributed.server_process import PATIENCE, ServerProcess
 from tests.distributed.soak_checks import MOST_ROUNDS, Memory, check, check_start, children, is_whole
+from tests.distributed.soak_client import answer, free, request
+from tests.distributed.soak_ends import ends
+from tests.distributed.soak_forms import FEW_SHAPES, forms, tools
+from tests.distributed.soak_wire import wire
 from tpctl.checkpoint.sources import resolve
 
+TEMPLATE = Path(__file__).parents[2] / "examples" / "tools.jinja"
 SETTINGS = ("--device", "cpu", "--max-model-len", "2048")
 CACHE = 512 << 20
 """Bytes of the KV cache, of which the engine has touched all only after a while."""
-
-
-def request(body: Any, path: str = "/v1/completions") -> bytes:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw
-
-
-async def answer(server: ServerProcess, raw: bytes) -> bytes:
-    """What comes until the server closes the connection."""
-    host, port = server.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
-    writer.write(raw)
-    found = await reader.read()
-    while piece := await reader.read(1 << 20):
-        found += piece
-    writer.close()
-    return found
-
-
-def free(server: ServerProcess) -> None:
-    """Wait until the engine holds nothing; it checks its books when it is asked while idle."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        found = server.counters()
-        if not found["tpctl_requests_open"] and not found['tpctl_kv_cache_usage_ratio{engine="0"}']:
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"blocks are held: {found}")
 
 
 async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> None:
@@ -260,15 +241,28 @@ def with_layers(count: int, folder: Path) -> str:
     return str(made)
 
 
+KINDS: Mapping[str, Callable[..., Coroutine[Any, Any, None]]] = {
+    "streams": streams,
+    "aborts": aborts,
+    "garbage": garbage,
+    "forms": lambda server: forms(server, CACHE),
+    "tools": lambda server: tools(server, CACHE),
+    "wire": lambda server: wire(server, CACHE),
+}
+
+
 def main(names: Sequence[str], model: str, count: int | None) -> None:
     for name in names:
         print(f"== {name}", flush=True)
-        if name == "start":
-            start(model)
+        memory = ("--kv-cache-memory", str(CACHE))
+        if name in ("start", "ends"):
+            start(model) if name == "start" else ends(model, *SETTINGS, *memory)
             continue
-        with ServerProcess(model, *SETTINGS, "--kv-cache-memory", str(CACHE), "--max-waiting", "10000") as server:
-            sizes = [] if count is None or name == "garbage" else [count]
-            asyncio.run({"streams": streams, "aborts": aborts, "garbage": garbage}[name](server, *sizes))
+        template = ("--chat-template", str(TEMPLATE)) if name == "tools" else ()
+        few = FEW_SHAPES if name in ("forms", "tools", "wire") else ()
+        with ServerProcess(model, *SETTINGS, *memory, "--max-waiting", "10000", *template, *few) as server:
+            sizes = [] if count is None or name not in ("streams", "aborts") else [count]
+            asyncio.run(KINDS[name](server, *sizes))
             pids = [server.process.pid, *children(server)]
         check(server.process.returncode == 0, f"exit code {server.process.returncode}")
         check(not (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]), f"processes are left: {left}")
@@ -281,7 +275,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int)
     parser.add_argument("--count", type=int, help="streams, and requests that are given up")
-    parser.add_argument("names", nargs="*", default=["streams", "aborts", "garbage", "start"])
+    parser.add_argument("names", nargs="*", default=[*KINDS, "ends", "start"])
     args = parser.parse_args()
     if args.layers is not None:
         CACHE = (CACHE // 30 * args.layers) & -(1 << 20)  # of the demo model's layers

@@ -36,7 +36,7 @@ def is_whole(raw: bytes, tokens: int) -> bool:
     part of a character."""
     head, _, body = raw.partition(b"\r\n\r\n")
     try:
-        *events, done, rest = _unchunked(body).decode().split("\n\n")
+        *events, done, rest = unchunked(body).decode().split("\n\n")
         found = [json.loads(event.removeprefix("data: ")) for event in events]
         *chunks, last = found
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
@@ -52,7 +52,7 @@ def is_whole(raw: bytes, tokens: int) -> bool:
     return all(right)
 
 
-def _unchunked(body: bytes) -> bytes:
+def unchunked(body: bytes) -> bytes:
     """What chunks hold (RFC 9112, 7.1). Raises ``ValueError``: there is no last one, or more behind it."""
     found, at, size = [], 0, -1
     while size:
@@ -100,19 +100,26 @@ def growth(rounds: Sequence[Mapping[int, int]], more: Mapping[int, int]) -> str:
 class Memory:
     """What each process of a server holds, round by round."""
 
-    def __init__(self, server: ServerProcess, cache: int) -> None:
-        """``cache``: bytes of a rank's KV cache, of which it has touched all only after a while."""
+    def __init__(self, server: ServerProcess, cache: int, *, helpers: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            cache: bytes of a rank's KV cache, of which it has touched all only after a while.
+            helpers: whether there are processes beside the ranks that come and go, which are not looked at.
+        """
         self._server = server
         self._cache = cache
+        self._helpers = helpers
         self._rounds: list[dict[int, int]] = []
 
     def look(self) -> str:
         """Now, as megabytes: the server's, and those of its children, the largest first."""
         server = self._server
-        found = {pid: server.memory(pid) for pid in (server.process.pid, *children(server))}
+        others = server.workers() if self._helpers else children(server)
+        found = {pid: server.memory(pid) for pid in (server.process.pid, *others)}
         self._rounds.append(found)
-        own, *others = (f"{bytes_ / 1e6:.1f}" for bytes_ in found.values())
-        return f"server {own} MB, others {' '.join(sorted(others, key=float, reverse=True))}"
+        own, *more = (f"{bytes_ / 1e6:.1f}" for bytes_ in found.values())
+        return f"server {own} MB, others {' '.join(sorted(more, key=float, reverse=True))}"
 
     def steady(self) -> bool:
         """Whether there were rounds enough to say that nothing grows, a rank's KV cache included."""
@@ -122,6 +129,36 @@ class Memory:
         """End if something still grows, and be it a rank that has grown by more than its KV cache."""
         said = growth(self._rounds, dict.fromkeys(self._server.workers(), self._cache))
         check(not said, said)
+
+
+class Helpers:
+    """Threads of a server's and of its ranks', and the processes beside them, round by round."""
+
+    def __init__(self, server: ServerProcess, most: int) -> None:
+        """``most``: processes that there may be."""
+        self._server = server
+        self._most = most
+        self._rounds: list[int] = []
+
+    def look(self) -> str:
+        """Now, when nothing is at work."""
+        server, workers = self._server, self._server.workers()
+        count = sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in (server.process.pid, *workers))
+        self._rounds.append(count)
+        beside = [pid for pid in children(server) if pid not in workers]
+        check(len(beside) <= self._most, f"{len(beside)} processes beside the ranks, of {self._most} at most: {beside}")
+        return f"{count} threads, {len(beside)} processes beside the ranks"
+
+    def check(self) -> None:
+        """End if there are ever more threads: each is started when it is first needed."""
+        more = more_threads(self._rounds)
+        check(not more, more)
+
+
+def more_threads(rounds: Sequence[int]) -> str:
+    """Whether each of the last rounds has more than any before; "": no."""
+    before, now = max(rounds[:-LOOKS]), min(rounds[-LOOKS:])
+    return f"threads became more and more: {list(rounds)}" if now > before else ""
 
 
 def children(server: ServerProcess) -> list[int]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.serve_soak import request
-from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth, is_whole
+from tests.distributed.soak_checks import LOOKS, MOST_ROUNDS, check_start, growth, is_whole, more_threads
+from tests.distributed.soak_client import heard, request
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.running import everything, running, talkative
 from tpctl.client.tokenizer import Tokenizer
@@ -110,3 +110,28 @@ def test_what_a_server_says_is_whole(tmp_path: Path) -> None:
         sock.sendall(request(asked))
         told = everything(sock)
     assert is_whole(told, 32) and not is_whole(told, 31)
+
+
+def test_threads_that_become_more_and_more_are_told() -> None:
+    assert not more_threads([20, 24, 27, 27, 25, 27, 27]) and not more_threads([20, 24, 24, 24, 30, 24])
+    assert more_threads([20, 24, 25, 26, 27, 28]) == "threads became more and more: [20, 24, 25, 26, 27, 28]"
+
+
+def test_what_an_answer_says_is_told_from_what_went_wrong() -> None:
+    said, last = EVENT % (b"a", b"x", b"null"), EVENT % (b"a", b"y", b'"stop"')
+    assert heard(response(said, last, USAGE, DONE)) == (200, "xy", [], "stop")
+    ended = b'data: {"error":{"message":"it ends","type":"server_error","code":"ended"}}\n\n'
+    assert heard(response(said, ended)) == (503, "it ends", [], "")
+    own = ended.replace(b"server_error", b"invalid_request_error").replace(b"ended", b"")
+    assert heard(response(said, own)).status == 400
+    call = b'{"index":0,"function":{"name":"f","arguments":"{"}}', b'{"index":0,"function":{"arguments":"}"}}'
+    deltas = [b'data: {"choices":[{"delta":{"tool_calls":[%b]},"finish_reason":null}]}\n\n' % one for one in call]
+    end = b'data: {"choices":[{"delta":{},"finish_reason":"tool_calls"}]}\n\n'
+    assert heard(response(*deltas, end, DONE)) == (200, "", [("f", "{}")], "tool_calls")
+    whole = b'{"choices":[{"message":{"content":"a","tool_calls":null},"finish_reason":"length"}]}'
+    assert heard(b"HTTP/1.1 200 OK\r\n\r\n" + whole) == (200, "a", [], "length")
+    assert heard(b'HTTP/1.1 429 No\r\n\r\n{"error":{"message":"full"}}') == (429, "full", [], "")
+    half = b"HTTP/1.1 200 OK\r\n\r\n{"
+    for broken in (response(said), response(said, last, USAGE), response(said, DONE)[:-5], b"", half):
+        with pytest.raises(ValueError, match="in b"):
+            heard(broken)
