@@ -128,3 +128,11 @@ def test_modules_that_docstrings_name_are_there() -> None:
     found = {address: file for file in files for address in _MODULE.findall(file.read_text(encoding="utf-8"))}
     assert len(found) > 10
     assert {address: file.name for address, file in found.items() if not is_there(address)} == {}
+
+
+def test_names_that_contributors_are_told_are_in_the_code() -> None:
+    words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Words")[2].partition("## How")[0]
+    names = set(re.findall(r"`([a-z]\w*)`", words))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tpctl").rglob("*.py"))
+    assert len(names) > 4
+    assert not sorted(name for name in names if not re.search(rf"\b{name}\b", code))
