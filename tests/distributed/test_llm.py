@@ -166,7 +166,7 @@ def test_threads_share_it(llm: LLM) -> None:
 
 def test_wrong_settings_start_nothing(tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"tpp": 2}, "unknown setting 'tpp'; known: tp, device, dtype"),
+        ({"tpp": 2}, "unknown setting 'tpp'; known: attention_backend, block_size"),
         ({"tp": 0}, "tp is 0, but must be a whole number, at least 1"),
         ({"max_num_seqs": "8"}, 'max_num_seqs is "8", but must be a whole number'),
         ({"gpu_memory_utilization": 2}, "gpu_memory_utilization is 2, but must be a number from 0.01 to 1"),

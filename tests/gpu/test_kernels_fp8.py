@@ -207,7 +207,8 @@ def test_memory_is_what_is_counted() -> None:
     backend = backend_of(3, 64, 32)
     layers = backend.allocate(7, torch.bfloat16, DEVICE)
     held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.factors))
-    assert held == 7 * backend.bytes_per_block(torch.bfloat16) == 7 * 32 * 2 * 2 * 3 * (64 + 2)
+    (pool,) = backend.layer_pools(torch.bfloat16)
+    assert held == 7 * pool.block_bytes == 7 * 32 * 2 * 2 * 3 * (64 + 2)
 
 
 @pytest.mark.parametrize("fits", [True, False])

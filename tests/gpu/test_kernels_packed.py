@@ -189,7 +189,8 @@ def test_memory_is_what_is_counted() -> None:
     backend = backend_of(3, 64, 32)
     layers = backend.allocate(7, torch.bfloat16, DEVICE)
     held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.factors))
-    assert held == 7 * backend.bytes_per_block(torch.bfloat16)
+    (pool,) = backend.layer_pools(torch.bfloat16)
+    assert held == 7 * pool.block_bytes
     backend.reserve(40, 60, DEVICE)  # 4 blocks, and 2 for contexts that fill no whole number of them
     assert [tensor.shape for tensor in backend._unpacked_for(backend.layers[0])] == [(6, 32, 3, 64)] * 2
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.unit.batch_runs import prompts, rows, run
+from tests.unit.batch_runs import numbered, prompts, rows, run
 from tests.unit.fake_client import FakeClient, engine_info, engine_stats, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch_report
 from tpctl.cli.engine import say_context, say_policy
 from tpctl.cli.options import SchedulingPolicy
 from tpctl.client.batch import Batch, Tally
-from tpctl.client.jobs import read_lines
 from tpctl.client.results import Results
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -165,7 +164,7 @@ def test_answers_that_the_context_cuts_have_a_note(tokenizer: Tokenizer, tmp_pat
     client: Any = fake
     lines = [{"prompt": "abcdefgh"}, {"prompt": "ab"}, {"prompt": "abcdefgh", "max_tokens": 2}]
     with Results(tmp_path / "out.jsonl", {}) as results:
-        source = read_lines(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
+        source = numbered(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
         tally = Batch(client, tokenizer, results, 3).run(source, parser(tokenizer))
         results.publish(3)
     found = [(row["text"], row["finish_reason"], row.get("note")) for row in rows(tmp_path / "out.jsonl")]
@@ -206,9 +205,7 @@ def test_answers_go_to_a_stream_in_order_as_they_come(tokenizer: Tokenizer) -> N
 
     with Results(None, {}) as results:
         fake: Any = FakeClient(tokenizer)
-        Batch(fake, tokenizer, results, 4).run(
-            read_lines(io.BytesIO(prompts(6).encode())), parser(tokenizer), step=step
-        )
+        Batch(fake, tokenizer, results, 4).run(numbered(io.BytesIO(prompts(6).encode())), parser(tokenizer), step=step)
     assert [json.loads(line)["id"] for line in out.getvalue().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert seen == sorted(seen)
     assert len(set(seen)) > 2
@@ -231,7 +228,7 @@ def test_a_slow_input_does_not_hold_up_answers(tokenizer: Tokenizer) -> None:
     with Results(None, {}) as results:
         fake: Any = FakeClient(tokenizer)
         started = time.monotonic()
-        tally = Batch(fake, tokenizer, results, 4).run(read_lines(slow()), parser(tokenizer), step=step)
+        tally = Batch(fake, tokenizer, results, 4).run(numbered(slow()), parser(tokenizer), step=step)
     assert tally.lines == 2
     assert time.monotonic() - started < 25
 
@@ -243,4 +240,4 @@ def test_an_input_that_breaks_is_heard_of(tokenizer: Tokenizer) -> None:
 
     fake: Any = FakeClient(tokenizer)
     with Results(None, {}) as results, pytest.raises(OSError, match="went away"):
-        Batch(fake, tokenizer, results, 4).run(read_lines(broken()), parser(tokenizer))
+        Batch(fake, tokenizer, results, 4).run(numbered(broken()), parser(tokenizer))

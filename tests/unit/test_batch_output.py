@@ -21,7 +21,7 @@ from tpctl.cli.batch_report import end_if_finished
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
 from tpctl.client.results import Results, partial_of
-from tpctl.client.resume import check_target, remains
+from tpctl.client.resume import check_target, remains, rows_left
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import OutputError, UsageError
 
@@ -67,7 +67,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pytest.raises(
                 OutputError, match=r"^full; 1 finished row is in .*out\.jsonl\.partial, go on with --resume$"
             ),
-            remains(results),
+            remains(lambda: rows_left(results)),
         ):
             raise OutputError("full")
 

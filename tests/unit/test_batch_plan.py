@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.batch_runs import numbered
 from tests.unit.fake_client import job_parser, write_tokenizer
 from tpctl.batch.folder import JobFolder
 from tpctl.batch.formats.choose import plain
 from tpctl.batch.formats.ids import Ids, id_of, keys_of
 from tpctl.batch.formats.place import Part, read_checked
 from tpctl.batch.plan import PARTS_EACH, Division, Plan, division_of
-from tpctl.client.jobs import Line, read_lines
+from tpctl.client.jobs import Line
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import SourceError, TpctlError, UsageError
 
@@ -61,7 +62,7 @@ def test_parts_hold_every_line_as_one_reader_finds_them_also_when_the_input_grow
             file.write(grown)
         parts = plan(folder, prompts, rows)
         with prompts.open("rb") as stream:
-            wanted = [(line.index, line.number, line.raw.strip()) for line in read_lines(stream)]
+            wanted = [(line.index, line.number, line.raw.strip()) for line in numbered(stream)]
         assert [(line.index, line.number, line.raw.strip()) for line in lines_of(parts, prompts)] == wanted
         assert [part.number for part in parts] == list(range(len(parts)))
         assert all(0 < part.rows <= rows for part in parts)

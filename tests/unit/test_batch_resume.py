@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.batch_runs import prompts, rows, run
+from tests.unit.batch_runs import numbered, prompts, rows, run
 from tests.unit.fake_client import FakeClient, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.batch.formats.jsonl import JsonlReader, JsonlSource
 from tpctl.cli import batch as cli_batch
 from tpctl.client.batch import Batch
-from tpctl.client.jobs import Line, read_lines
+from tpctl.client.jobs import Line
 from tpctl.client.results import Results
-from tpctl.client.resume import remains
+from tpctl.client.resume import remains, rows_left
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, UsageError
 
@@ -72,7 +72,7 @@ def test_resume_from_a_file_cut_anywhere_with_lines_edited(
     lines = [{"prompt": f"line {n}"} for n in range(6)]
     with Results(out, {"model": "m"}) as results:
         fake: Any = FakeClient(tokenizer)
-        source = read_lines(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
+        source = numbered(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
         Batch(fake, tokenizer, results, 2).run(source, parser(tokenizer))
         assert results.partial is not None
         partial = results.partial
@@ -104,7 +104,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tokenizer: Tokenizer, tmp_pat
     fake: Any = FakeClient(tokenizer)
     with Results(tmp_path / "out.jsonl", {}) as results:
         batch = Batch(fake, tokenizer, results, 3)
-        lines = read_lines(io.BytesIO(prompts(9).encode()))
+        lines = numbered(io.BytesIO(prompts(9).encode()))
         tally = batch.run(lines, parser(tokenizer), should_stop=lambda: batch.tally.lines >= 4)
         assert tally.interrupted
         assert 4 <= results.count == tally.lines < 9
@@ -139,9 +139,9 @@ def test_a_stop_says_where_the_rows_are(tmp_path: Path) -> None:
     kept = r"1 finished row is in .*out\.jsonl\.partial, go on with --resume"
     with Results(tmp_path / "out.jsonl", {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-        with pytest.raises(KeyboardInterrupt, match=kept), remains(results):
+        with pytest.raises(KeyboardInterrupt, match=kept), remains(lambda: rows_left(results)):
             raise KeyboardInterrupt
-        with pytest.raises(SystemExit) as stopped, remains(results):
+        with pytest.raises(SystemExit) as stopped, remains(lambda: rows_left(results)):
             raise SystemExit(143)
         assert stopped.value.code == 143
         assert re.fullmatch(kept, *stopped.value.__notes__)

@@ -194,7 +194,8 @@ def test_the_kv_cache_is_the_engines(tmp_path: Path) -> None:
     assert (report.kv_cache_dtype, cast.kv_cache_dtype) == ("packed", "float16")
     for rank, plain in zip(report.ranks, cast.ranks, strict=True):
         layers = [AttentionSpec(rank.query_heads, rank.kv_heads, 128, 1.0)] * 126
-        assert plain.kv_bytes_per_token * 16 == SdpaBackend(layers, 16).bytes_per_block(torch.float16)
+        (pool,) = SdpaBackend(layers, 16).layer_pools(torch.float16)
+        assert plain.kv_bytes_per_token * 16 == pool.block_bytes
         unpacked = 9 * 16384  # tokens: of 8 steps, less than a step and a context of 131,072; and for part blocks
         assert rank.activation_bytes - plain.activation_bytes == unpacked * rank.kv_heads * 128 * 2 * 2
         assert rank.kv_bytes_per_token * 256 == plain.kv_bytes_per_token * 193  # 12 bits a value, and 8 a vector

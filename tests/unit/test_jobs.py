@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.batch_runs import numbered
 from tests.unit.fake_client import job_parser as parser
 from tests.unit.fake_client import write_tokenizer
+from tpctl.batch.formats.jsonl import JsonlReader, JsonlSource
 from tpctl.client import jobs
 from tpctl.client.forms import SAMPLING_FIELDS
-from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
+from tpctl.client.jobs import BadLine, Job, Line, bounded_lines
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import SourceError
 
@@ -131,7 +134,7 @@ def test_duplicate_ids(tokenizer: Tokenizer) -> None:
         '{"id": 2, "prompt": "d"}',
     ]
     read = parser(tokenizer)
-    parsed = [read.parse(line) for line in read_lines(io.BytesIO("\n".join(lines).encode()))]
+    parsed = [read.parse(line) for line in numbered(io.BytesIO("\n".join(lines).encode()))]
     assert [type(item) for item in parsed] == [Job, BadLine, Job, BadLine]
     assert "id 2 was used before" in parsed[1].message  # type: ignore[union-attr]
 
@@ -145,7 +148,7 @@ def test_ids_that_hash_alike_are_not_duplicates(tokenizer: Tokenizer, first: obj
 
 
 def test_blank_lines_count_as_lines_but_make_no_rows() -> None:
-    lines = list(read_lines(io.BytesIO(b"\n  \na\n\nb")))
+    lines = list(JsonlReader(io.BytesIO(b"\n  \na\n\nb"), JsonlSource(Path("x"))).lines())
     assert [(line.index, line.number) for line in lines] == [(0, 3), (1, 5)]
 
 

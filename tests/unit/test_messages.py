@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpctl.client.prepare import EngineArgs
 from tpctl.wire.messages import (
     Abort,
     Add,
@@ -27,6 +30,7 @@ from tpctl.wire.messages import (
 from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.scoring import Scoring, TokenScore
+from tpctl.wire.settings import EngineChoices, EngineConfig
 
 ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
 sampling = st.builds(
@@ -86,3 +90,16 @@ def test_ids_that_are_not_packed_are_refused() -> None:
 def test_an_unknown_message_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown message 'Dance'"):
         from_wire(["Dance", {}])
+
+
+def test_what_is_asked_for_of_an_engine_reaches_its_ranks(tmp_path: Path) -> None:
+    """Each choice, also one that is added later."""
+    other = {"dtype": "float32", "kv_cache_dtype": "fp8", "attention_backend": "sdpa", "scheduling_policy": "auto"}
+    chosen = {
+        choice.name: other.get(choice.name, {"str": "ngram", "float": 0.5, "bool": True}.get(str(choice.type), 7))
+        for choice in fields(EngineChoices)
+    }
+    assert all(chosen[choice.name] != choice.default for choice in fields(EngineChoices))
+    settings = EngineArgs(device="cpu", **chosen).settle()
+    EngineConfig(tmp_path, 1, **vars(settings)).save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json").choices == chosen

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.batch_runs import numbered
 from tests.unit.fake_client import FakeClient, ScriptedPrompt, write_tokenizer
 from tests.unit.thinking import MODELS, Model
 from tpctl.chat.repl import Repl
@@ -19,7 +20,7 @@ from tpctl.chat.thoughts import ThoughtStream
 from tpctl.cli import chat as chat_command
 from tpctl.client.batch import Batch
 from tpctl.client.conversation import Conversation
-from tpctl.client.jobs import JobParser, read_lines
+from tpctl.client.jobs import JobParser
 from tpctl.client.llm import LLM
 from tpctl.client.results import Results
 from tpctl.client.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ def rows_of(tokenizer: Tokenizer, client: Any, *lines: dict[str, Any], **samplin
     out = io.BytesIO()
     with Results(None, {}) as results:
         text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        Batch(client, tokenizer, results, 1).run(read_lines(io.BytesIO(text)), parser)
+        Batch(client, tokenizer, results, 1).run(numbered(io.BytesIO(text)), parser)
         results.emit(out, gaps=True)
     return [json.loads(line) for line in out.getvalue().splitlines()]
 

@@ -92,7 +92,7 @@ def batch(
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.jobs import JobParser
     from tpctl.client.results import Results, partial_of
-    from tpctl.client.resume import check_target, remains
+    from tpctl.client.resume import check_target, remains, rows_left
 
     sampling.check(DEFAULTS)
     values = {**DEFAULTS, **sampling.given()}
@@ -141,7 +141,7 @@ def batch(
         look = partial(look_ahead, at_hand, needed=needed)
         config = prepare(model, engine, policy, look, nodes=nodes)
         emit = _emitter(results, out)
-        with remains(results), EngineClient(config, nodes=nodes) as client:
+        with remains(partial(rows_left, results)), EngineClient(config, nodes=nodes) as client:
             say_nodes(config, nodes)
             tokenizer = at_hand.tokenizer(config.text_dir)
             info = _wait_ready(client, model, scheduling_policy, silent=silent)
@@ -162,7 +162,7 @@ def batch(
                     should_stop=lambda: noted,
                 )
             stats = None if tally.interrupted else client.stats()
-        with remains(results):
+        with remains(partial(rows_left, results)):
             emit(True)
             if target is not None and not tally.interrupted:
                 results.publish(tally.lines)

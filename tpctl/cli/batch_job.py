@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -26,10 +25,9 @@ from tpctl.cli.options import (
     TemplateOptions,
 )
 from tpctl.cli.template import TemplateAtHand, look_ahead
-from tpctl.errors import EngineError, OutputError, SourceError, UsageError, counted
+from tpctl.errors import OutputError, UsageError, counted
 
 if TYPE_CHECKING:
-    from tpctl.batch.board import Board
     from tpctl.batch.folder import JobFolder
     from tpctl.batch.formats.choose import Asked, FormatSpec
     from tpctl.batch.plan import Division
@@ -208,6 +206,7 @@ def _run(
     from tpctl.batch.manifest import stats_of, write_manifest
     from tpctl.batch.plan import Plan, division_of, said_repeated
     from tpctl.client.results import state_of
+    from tpctl.client.resume import remains
 
     options, shared = job.options, job.engine.kv_cache_memory is not None
     device = job.engine.device if options.elsewhere else config.device
@@ -227,7 +226,14 @@ def _run(
     coordinator = Coordinator(folder, plan, local, retry_errors=options.retry_errors, say=note)
     if not replicas:
         note(f"waiting for replicas: `tpctl replica {folder.root.resolve()}`")
-    with _remains(folder, coordinator.board), coordinator:
+
+    def rows_left() -> str | None:
+        finished = coordinator.board.sums.rows
+        if not finished or not folder.job.is_dir():
+            return None
+        return f"parts with {counted(finished, 'row')} are in {folder.root}"
+
+    with remains(rows_left), coordinator:
         with job_progress(replicas, config.tp_size) as show, interrupts(signal.SIGINT, signal.SIGTERM) as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
@@ -248,23 +254,6 @@ def _run(
 
         assemble(folder, formats.sink, target, len(coordinator.board.done), unchanged)
     return int(stats["errors"])
-
-
-@contextmanager
-def _remains(folder: JobFolder, board: Board) -> Iterator[None]:
-    """Adds to an error what became of the rows that were finished before it; to a ``SystemExit``, as a note."""
-    try:
-        yield
-    except (EngineError, OutputError, SourceError, KeyboardInterrupt, SystemExit) as error:
-        if not board.sums.rows or not folder.job.is_dir():
-            raise
-        kept = f"parts with {counted(board.sums.rows, 'row')} are in {folder.root}, go on with --resume"
-        if isinstance(error, SystemExit):
-            error.add_note(kept)
-            raise
-        if isinstance(error, KeyboardInterrupt):  # the second one
-            raise KeyboardInterrupt(kept) from None
-        raise type(error)(f"{error}; {kept}") from None
 
 
 def _target(job: Job, spec: FormatSpec) -> Path:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -110,15 +110,6 @@ def bounded_lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
         if not line:
             return
         yield line
-
-
-def read_lines(stream: Iterable[bytes]) -> Iterator[Line]:
-    """The lines of a file that hold more than white space."""
-    index = 0
-    for number, raw in enumerate(stream, start=1):
-        if raw.strip():
-            yield Line(index, number, raw)
-            index += 1
 
 
 class JobParser:

@@ -69,7 +69,7 @@ class LLM:
         Raises:
             TpctlError: the model cannot be had, or not be run in this way.
         """
-        known = [field.name for field in fields(EngineArgs)]
+        known = sorted(field.name for field in fields(EngineArgs))
         if unknown := [name for name in settings if name not in known]:
             raise UsageError(f"unknown setting {unknown[0]!r}; known: {', '.join(known)}")
         if not isinstance(model, str | PathLike):

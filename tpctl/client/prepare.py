@@ -29,7 +29,16 @@ from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.sharding.cache import ensure_sharded
 from tpctl.sharding.proving.verified import ensure_verified
-from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, DEVICES, GPU_SEQS, GPU_TOKENS, EngineConfig, EngineSettings
+from tpctl.wire.settings import (
+    CPU_SEQS,
+    CPU_TOKENS,
+    DEVICES,
+    GPU_SEQS,
+    GPU_TOKENS,
+    EngineChoices,
+    EngineConfig,
+    EngineSettings,
+)
 
 Progresses = Callable[[str], AbstractContextManager[Progress]]
 """Opens what shows how far a piece of work has come, in bytes, under a title."""
@@ -42,8 +51,8 @@ def unseen(title: str) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineArgs:
-    """How somebody wants a model to be run. What is not named here is as in ``EngineSettings``.
+class EngineArgs(EngineChoices):
+    """How somebody wants a model to be run.
 
     Attributes:
         tp: ranks; ``None`` takes those of the shard folder, if MODEL is one, else 1.
@@ -53,7 +62,6 @@ class EngineArgs:
         expert_parallel: groups of ranks that whole experts are dealt to; ``True``: as many as ranks; ``None``: as the
             shard folder, if MODEL is one, else one, so that every rank has a part of each expert.
         text_only: run the text of a model that also sees, of which no more is cut.
-        engines_on_host: engines that run on this machine at once.
         nodes: hosts that the ranks of one engine are on.
 
     Raises:
@@ -62,23 +70,11 @@ class EngineArgs:
 
     tp: int | None = None
     device: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     cpu_batched_tokens: int = CPU_TOKENS
-    block_size: int | None = None
-    kv_cache_memory: int | None = None
-    kv_cache_dtype: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    attention_backend: str = "auto"
-    enforce_eager: bool = False
-    scheduling_policy: str = "fcfs"
-    late_launch: bool = False
     expert_parallel: int | bool | None = None
     text_only: bool = False
-    speculate: str = "off"
-    engines_on_host: int = 1
     nodes: Nodes = ONE_HOST
 
     def __post_init__(self) -> None:
@@ -119,21 +115,10 @@ class EngineArgs:
         seqs, tokens = (CPU_SEQS, self.cpu_batched_tokens) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
         num_seqs = self.max_num_seqs or seqs
         return EngineSettings(
+            **self.choices,
             device=device,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, num_seqs),
-            block_size=self.block_size,
-            kv_cache_memory=self.kv_cache_memory,
-            kv_cache_dtype=self.kv_cache_dtype,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            attention_backend=self.attention_backend,
-            enforce_eager=self.enforce_eager,
-            scheduling_policy=self.scheduling_policy,
-            late_launch=self.late_launch,
-            speculate=self.speculate,
-            engines_on_host=self.engines_on_host,
         )
 
 

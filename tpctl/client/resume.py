@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,16 +39,28 @@ def check_kept(results: Results, lines: Iterable[Line], shown: str) -> str | Non
     return f"{kept - matching} of the {rows} answer no line of {shown} any more" if matching < kept else None
 
 
+def rows_left(results: Results) -> str | None:
+    """Where the finished rows of ``results`` are, if there are some and they stay: for ``remains``."""
+    if results.partial is None or not results.count:
+        return None
+    rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
+    return f"{rows} in {results.partial}"
+
+
 @contextmanager
-def remains(results: Results) -> Iterator[None]:
-    """Adds to an error what became of the rows that were finished before it; to a ``SystemExit``, as a note."""
+def remains(left: Callable[[], str | None]) -> Iterator[None]:
+    """Adds to an error what became of the rows that were finished before it; to a ``SystemExit``, as a note.
+
+    Args:
+        left: says where they are, if there are some.
+    """
     try:
         yield
     except (EngineError, OutputError, SourceError, KeyboardInterrupt, SystemExit) as error:
-        if results.partial is None or not results.count:
+        where = left()
+        if where is None:
             raise
-        rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
-        kept = f"{rows} in {results.partial}, go on with --resume"
+        kept = f"{where}, go on with --resume"
         if isinstance(error, SystemExit):
             error.add_note(kept)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,13 @@ GPU_SEQS, GPU_TOKENS = 512, 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How an engine computes, whichever model and shards it is given.
+class EngineChoices:
+    """What of an engine is as somebody asks for it, on every machine.
 
     Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"`` (as stored; float16 runs as float32 on a CPU), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         max_model_len: longest prompt plus answer in tokens; ``None`` takes the model's own limit, lowered to what
             the KV cache holds.
-        max_num_seqs: sequences computed together at most.
-        max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
         block_size: tokens in a KV block; ``None`` lets the attention backend choose.
         kv_cache_memory: bytes of KV cache per rank; ``None`` measures what is free.
         kv_cache_dtype: ``"model"`` (that of activations), ``"packed"`` (bfloat16 in 12 bits,
@@ -45,21 +42,14 @@ class EngineSettings:
             makespan where a rank's layers are large enough to gain by it.
         late_launch: on GPUs start a step only shortly before the one that runs ends, so that a request which comes
             meanwhile is in it (``engine.launch_time``); where all requests are handed in at once it gains nothing.
-        enable_prefix_caching: share the KV blocks of equal prefixes.
         speculate: propose tokens and compute several of an answer in a step, which changes none of them
             (``engine.scheduling.speculation``): ``"mtp"``, by the model's own layer that predicts more; ``"ngram"``,
             those that followed before; ``"auto"``, the first of these that can be had; or ``"off"``.
         engines_on_host: engines that share this machine's memory: on a CPU each takes its part of what is free.
-
-    Raises:
-        UsageError: a setting is unknown, does not suit the device, or contradicts another one.
     """
 
-    device: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = CPU_SEQS
-    max_num_batched_tokens: int = CPU_TOKENS
     block_size: int | None = None
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
@@ -68,9 +58,33 @@ class EngineSettings:
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
     late_launch: bool = False
-    enable_prefix_caching: bool = True
     speculate: str = "off"
     engines_on_host: int = 1
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """They alone, by name."""
+        return {choice.name: getattr(self, choice.name) for choice in fields(EngineChoices)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(EngineChoices):
+    """How an engine computes, whichever model and shards it is given.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        max_num_seqs: sequences computed together at most.
+        max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
+        enable_prefix_caching: share the KV blocks of equal prefixes.
+
+    Raises:
+        UsageError: a setting is unknown, does not suit the device, or contradicts another one.
+    """
+
+    device: str = "cpu"
+    max_num_seqs: int = CPU_SEQS
+    max_num_batched_tokens: int = CPU_TOKENS
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for what, known in (("device", DEVICES), ("dtype", DTYPES), ("attention backend", ATTENTION_BACKENDS)):

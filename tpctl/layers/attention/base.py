@@ -153,10 +153,6 @@ class AttentionBackend(ABC, Generic[PlanT]):
         kept = [kept_layer(spec) for spec in self.layers]
         return pools_of(kept, self.pools, self.block_size, dtype.itemsize, self.kv_form)
 
-    def bytes_per_block(self, dtype: torch.dtype) -> int:
-        """The same of one block in each pool, all together."""
-        return sum(pool.block_bytes for pool in self.layer_pools(dtype))
-
     def forget(self) -> None:
         """Let no step go on with what the ones before have gathered; needed where slots are written again."""
         raise NotImplementedError(f"{self.name} is told of no slots that are written again")
