@@ -12,6 +12,7 @@ import pytest
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
+from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError
@@ -195,6 +196,46 @@ def test_the_first_token_is_told_at_once_and_others_together(tokenizer: Tokenize
         return sizes
 
     assert asyncio.run(run()) == [(1, 1), (3, 4), (3, 7), (2, 9)]
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_mere_text_is_told_as_such(tokenizer: Tokenizer, interval: int) -> None:
+    """Each token's, half a character for none, until it is not taken: then it is returned, before what comes behind."""
+
+    async def run() -> list[object]:
+        stream = TextStream(tokenizer)
+        generation, told = Generation([stream], lambda: None, interval=interval), []
+        ids = [*tokenizer.encode("ab"), *tokenizer.encode("🙂"), *tokenizer.encode("cdefg")]
+        assert len(ids) == 2 + 4 + 5
+        takes = True
+
+        def taken(pieces: list[Piece]) -> bool:
+            told.append([(piece.first, piece.tokens, *piece.segments) for piece in pieces])
+            return takes
+
+        def taken_text(text: str) -> bool:
+            told.append(text)
+            return takes
+
+        async def read() -> None:
+            while pieces := await generation.next(taken, taken_text):
+                told.extend(pieces)
+
+        reading = asyncio.create_task(read())
+        for place, id in enumerate(ids):
+            await asyncio.sleep(0)
+            takes = place < 7
+            generation.push(0, Output("0", [id], "length" if id == ids[-1] else None))
+            generation.flush()
+        await reading
+        assert stream.text == "ab🙂cdefg" and generation.num_tokens == len(ids)
+        assert [one.kind for one in stream.turns] == ["message"]
+        return told
+
+    a, d, e, f, g, three = map(Segment, ("a", "d", "e", "f", "g", "def"))
+    one_by_one = ["d", Piece(0, [d], 7, 1, None), "e", Piece(0, [e], 8, 1, None), "f", Piece(0, [f], 9, 1, None)]
+    told = {1: ["b", "🙂", "c", *one_by_one], 3: ["b", "🙂c", "def", Piece(0, [three], 7, 3, None)]}[interval]
+    assert asyncio.run(run()) == [[(0, 1, a)], *told, Piece(0, [g], 10, 1, "length")]
 
 
 def test_every_answers_first_token_is_told_at_once(tokenizer: Tokenizer) -> None:

@@ -17,12 +17,10 @@ from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, HELLO, TEXT, chat
 from tpctl.cli.serve import ServerOptions
-from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import UsageError
 from tpctl.wire.guide import of_schema
-from tpctl.wire.messages import Output
 
 
 @pytest.fixture(scope="module")
@@ -392,19 +390,20 @@ def test_a_bug_is_told_to_whoever_runs_the_server(tokenizer: Tokenizer, monkeypa
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
 def test_a_bug_in_an_answer_is_told_as_well(
-    tokenizer: Tokenizer, stream: bool, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, bare: bool, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push = TextStream.push
+    taken = TextStream.add if bare else TextStream.push
 
-    def broken(self: TextStream, output: Output) -> list[Segment]:
+    def broken(self: TextStream, new: Any) -> Any:
         if len(self.token_ids) == 2:
             raise ValueError("a bug")
-        return push(self, output)
+        return taken(self, new)
 
-    monkeypatch.setattr(TextStream, "push", broken)
+    monkeypatch.setattr(TextStream, taken.__name__, broken)
     with served(tokenizer) as (client, server):
-        answer = client.post(TEXT, json={"prompt": "abc", "stream": stream})
+        answer = client.post(TEXT, json={"prompt": "abc", "stream": stream, "logprobs": None if bare else 0})
         if stream:
             *_, last, rest = answer.text.split("\n\n")
             assert rest == "" and "[DONE]" not in answer.text

@@ -50,7 +50,7 @@ def splitter(
     """
     text = detokenizer(tokenizer, prompt)
     if form is None:
-        return _Whole(text)
+        return Whole(text)
     if isinstance(form, Harmony):
         return _HarmonySplitter(text, form, calls)
     return _TagSplitter(text, form, _place(tokenizer, prompt, form))
@@ -81,20 +81,20 @@ class TextSplitter(Splitter, Protocol):
         ...
 
 
-class _Whole:
-    """Where a model has no thoughts of its own."""
+class Whole:
+    """Where a model has no thoughts of its own: all that its ``detokenizer`` makes is answer."""
 
     thinking = False
 
     def __init__(self, text: Detokenizer) -> None:
-        self._detokenizer = text
+        self.detokenizer = text
 
     def push(self, id: int) -> list[Segment]:
-        text = self._detokenizer.push(id)
-        return [Segment(text)] if text else []  # for every token there is
+        text = self.detokenizer.push(id)
+        return [Segment(text)] if text else []
 
     def finish(self) -> list[Segment]:
-        return _segments(self._detokenizer.finish())
+        return _segments(self.detokenizer.finish())
 
     cut = finish
 

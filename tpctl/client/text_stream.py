@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from tpctl.client.reasoning import Form
-from tpctl.client.reasoning_stream import Segment, splitter
+from tpctl.client.reasoning_stream import Segment, Whole, splitter
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools
 from tpctl.client.tools.calls import CallPiece, Calls, ToolCall
@@ -145,6 +145,7 @@ class TextStream:
         self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
         self._plain = tools is None and not self._stop.any
+        self._text = self._splitter.detokenizer.push if self._plain and isinstance(self._splitter, Whole) else None
         self._pieces: list[str] = []
         self._thoughts: list[str] | None = None if form is None else []
         self.token_ids: list[int] = []
@@ -224,6 +225,21 @@ class TextStream:
         if self.finish_reason == "stop" and self.calls:
             self.finish_reason = "tool_calls"
         return shown
+
+    @property
+    def bare(self) -> bool:
+        """Whether a token's text is the next of the answer and nothing else: it has no thoughts, calls, stop texts."""
+        return self._text is not None
+
+    def add(self, id: int) -> str:
+        """As ``push`` of an output that says one token alone, if it is ``bare``; the text that it adds."""
+        assert self._text is not None
+        self.token_ids.append(id)
+        if text := self._text(id):
+            if not self._kind:
+                self._turn("message", 0)
+            self._pieces.append(text)
+        return text
 
     def _push_one(self, output: Output) -> list[Segment]:
         """A token among others, as nearly all are, where nothing in its text ends the answer."""

@@ -34,6 +34,9 @@ class Writer(Protocol):
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         """What is said of new text."""
 
+    def text(self, text: str) -> bytes:
+        """The same of text of the only answer that has begun, of which nothing else is to be said; it is never slow."""
+
     def end(self) -> bytes:
         """What comes at the end."""
 
@@ -121,13 +124,20 @@ class Answered:
             to.write(writer.pieces(pieces))
             return True
 
+        def text_at_once(text: str) -> bool:
+            if to is None or not to.open:
+                return False
+            to.write(writer.text(text))
+            return True
+
+        taking = (None, None) if to is None else (at_once, text_at_once)
         try:
             said = await self._made(writer.begin)
             while pieces:
                 if said := said + await self._made(writer.pieces, pieces):
                     await send({"type": "http.response.body", "body": said, "more_body": True})
                 said = b""
-                pieces = await self._generation.next(None if to is None else at_once)
+                pieces = await self._generation.next(*taking)
             said += await self._made(writer.end)
         except ApiError as error:
             said += writer.broken(self._broken(error, scope))

@@ -61,6 +61,9 @@ def _kind(segment: Segment) -> bool | None:
 Taker = Callable[[list[Piece]], bool]
 """Takes what is new at once, or does not."""
 
+Teller = Callable[[str], bool]
+"""The same for new text of the only answer, of which nothing else is to be said."""
+
 
 class Generation:
     """Texts as they grow, and a coroutine that waits for them.
@@ -102,12 +105,16 @@ class Generation:
         self._cancelled, self._guide = cancelled, guide
         self._left = len(streams)
         self._pieces: list[Piece] = []
-        self._untold = 0  # tokens of ``_pieces``
+        # As of nearly all: texts of tokens behind those, each a token's, of one that need be no piece by itself.
+        self._texts: list[str] = []
+        self._bare = len(streams) == 1 and streams[0].bare
+        self._untold = 0  # tokens of both
         self._telling = 0  # tokens that were given to whoever asked last, and may still be on their way out
         self._hold, self._each = hold, each
         self._held = 0
         self._pressing = False  # whether one of them begins or ends an answer
         self._taker: Taker | None = None
+        self._teller: Teller | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -126,14 +133,17 @@ class Generation:
         stream = self.streams[at]
         if self._error is not None or stream.finish_reason is not None:
             return True
-        before, thought = len(stream.token_ids), stream.num_thought
+        before, thought, ids = len(stream.token_ids), stream.num_thought, output.token_ids
         try:
+            if self._bare and before and len(ids) == 1 and output.finish_reason is None and output.logprobs is None:
+                return self._add(stream.add(ids[0]))
+            self._gather()
             segments = stream.push(output)
         except TpctlError as error:  # the tokenizer cannot decode it
             stream.finish_reason = "error"
             self.fail(ApiError(500, str(error)))
             return True
-        if not output.token_ids and output.finish_reason is None:  # of the prompt
+        if not ids and output.finish_reason is None:  # of the prompt
             return False
         new = len(stream.token_ids) - before
         self.num_tokens += new
@@ -157,6 +167,24 @@ class Generation:
         elif self.interval and self._taker is None and self._due:
             self._wake()
         return reason is not None
+
+    def _add(self, text: str) -> bool:
+        """Take in the text of one token among others; whether there is no room for it."""
+        self.num_tokens += 1
+        if self.interval:
+            self._texts.append(text)
+            self._untold += 1
+            if self._taker is None and self._due:
+                self._wake()
+        return self._hold is not None and not self._has_room()
+
+    def _gather(self) -> None:
+        """Make a piece of texts, before something else comes behind them, or for who takes pieces alone."""
+        if self._texts:
+            text, count = "".join(self._texts), len(self._texts)
+            segments = [Segment(text)] if text else []
+            self._pieces.append(Piece(0, segments, len(self.streams[0].token_ids) - count, count, None))
+            self._texts = []
 
     def _has_room(self) -> bool:
         """Say how much there is, once that is more than was said, or much less; where it is too much, it ends."""
@@ -189,19 +217,27 @@ class Generation:
 
     def flush(self) -> None:
         """All that the engine had for now has been pushed."""
-        if self._taker is None or not self._pieces or self.done or not self._due:
+        if self._taker is None or self.done or not self._due:
             return
-        if len(self._pieces) > 1:
-            self._pieces = joined(self._pieces)
         try:
-            taken = self._taker(self._pieces)
+            taken = self._told()
         except Exception as error:  # what comes behind this is others'
             self.fail(error)
             return
         if taken:
-            self._pieces, self._untold, self._pressing = [], 0, False
+            self._pieces, self._texts, self._untold, self._pressing = [], [], 0, False
         else:
             self._wake()
+
+    def _told(self) -> bool:
+        """Whether what is new was taken at once."""
+        if self._teller is not None and not self._pieces:
+            text = "".join(self._texts)
+            return not text or self._teller(text)
+        self._gather()
+        if len(self._pieces) > 1:
+            self._pieces = joined(self._pieces)
+        return self._taker is not None and (not self._pieces or self._taker(self._pieces))
 
     def fail(self, reason: Exception) -> None:
         """End all of it; who waits is told behind what there is."""
@@ -216,11 +252,12 @@ class Generation:
         if self._error is not None:
             self._error.__traceback__ = None  # whose frames hold this: a circle, which only a collection would end
 
-    async def next(self, taker: Taker | None = None) -> list[Piece]:
+    async def next(self, taker: Taker | None = None, teller: Teller | None = None) -> list[Piece]:
         """Wait for what is new; nothing at the end.
 
         Args:
             taker: is given what is new meanwhile; what it does not take, and the last of each answer, is returned.
+            teller: is given what is mere text in its place.
 
         Raises:
             ApiError: it cannot go on.
@@ -228,17 +265,19 @@ class Generation:
         """
         self._telling = 0
         while True:
+            self._gather()
             if self._pieces and self._due:
                 return self._tell()
             if self._error is not None:
                 raise self._error
             if not self._left:
                 return []
-            self._waiter, self._taker = asyncio.get_running_loop().create_future(), taker
+            self._waiter = asyncio.get_running_loop().create_future()
+            self._taker, self._teller = taker, teller
             try:
                 await self._waiter
             finally:
-                self._taker = None
+                self._taker = self._teller = None
 
     async def finish(self) -> None:
         """Wait for the end. Raises as ``next``."""

@@ -108,6 +108,9 @@ class ResponseWriter:
                 )
         return b"".join(found)
 
+    def text(self, text: str) -> bytes:
+        return self._say("message", text)
+
     def end(self) -> bytes:
         cut = self._stream.finish_reason == "length"
         if self._open is None or self._open.kind == "reasoning":

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpctl.client.openai_answers import chat_logprobs, completion
 from tpctl.client.openai_answers import usage as usage_of
+from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import TokenTexts, logprob_rows, prompt_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
@@ -90,6 +91,11 @@ class ChunkWriter(ABC):
                 said = b',"logprobs":null,"finish_reason":"%s"}' % reason.encode()
                 found.append(self._heads[piece.at] + self._last() + said + self._closed())
         return b"".join(found)
+
+    def text(self, text: str) -> bytes:
+        if self._plain:
+            return b"".join((self._befores[0], encode(text), self._behind))
+        return self.pieces([Piece(0, [Segment(text)], 0, 0, None)])
 
     def end(self) -> bytes:
         if not self._streaming.usage:
