@@ -61,12 +61,15 @@ def test_what_fails_in_a_step_costs_no_other_answer_its_tokens(tokenizer: Tokeni
     asyncio.run(run())
 
 
+class Silent(FakeEngine):
+    """Says what a test says for it."""
+
+    def _run(self) -> None:
+        pass
+
+
 def test_what_comes_while_the_loop_is_busy_is_told_together(tokenizer: Tokenizer) -> None:
     """One write for what several steps brought an answer, and the engine's end keeps its place behind it."""
-
-    class Silent(FakeEngine):
-        def _run(self) -> None:
-            pass
 
     async def run() -> None:
         engine = Silent(tokenizer)
@@ -93,6 +96,36 @@ def test_what_comes_while_the_loop_is_busy_is_told_together(tokenizer: Tokenizer
         await pool.close()
 
     asyncio.run(run())
+
+
+def test_an_engine_that_is_never_waited_for_keeps_nothing_from_being_told(tokenizer: Tokenizer) -> None:
+    engine, told = Silent(tokenizer), []
+
+    class Fast(TextStream):
+        def push(self, output: Output) -> list[Segment]:
+            if len(self.token_ids) < 3:
+                engine.router.deliver([output])
+            return super().push(output)
+
+    async def run() -> None:
+        pool, _ = await opened([engine])
+        one = job(tokenizer, "abc")
+        one.streams = [Fast(tokenizer, ["stop"])]
+        generation = pool.begin([one])
+
+        def taken(pieces: list[Piece]) -> bool:
+            told.append([piece.tokens for piece in pieces])
+            return True
+
+        reading = asyncio.create_task(generation.next(taken))
+        await until(lambda: len(engine.open) == 1)
+        engine.router.deliver([Output(*engine.open, tokenizer.encode("a"))])
+        await until(lambda: len(one.streams[0].token_ids) == 4)
+        reading.cancel()
+        await pool.close()
+
+    asyncio.run(run())
+    assert told == [[1]] * 4
 
 
 @pytest.mark.parametrize("raised", [RequestError("no token"), ValueError("a bug")])

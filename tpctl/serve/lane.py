@@ -128,11 +128,14 @@ class Lane:
                 self._loop.call_soon_threadsafe(self._take)
 
     def _take(self) -> None:
-        """All that has come: where the loop is behind, what several steps brought an answer is told together."""
+        """All that has come: where the loop is behind, what several steps brought an answer is told together.
+
+        What comes meanwhile has its own turn, else an engine that is fast enough would keep all from being told.
+        """
         self._called = False  # before it is looked at what there is, so that nothing is left
         touched: dict[Generation, None] = {}
         stopped: list[str] = []
-        while self._came:
+        for _ in range(len(self._came)):
             item = self._came.popleft()
             if isinstance(item, TpctlError):
                 self._failed(item)
