@@ -1,14 +1,15 @@
 """Finds which way, and which tiles, quantised linears and experts of many rows take on one GPU.
 
-    PYTHONPATH=. python benchmarks/codes_sweep.py [experts] [dense] [int4] [--seconds 120] [--rows 64 256]
+    PYTHONPATH=. python benchmarks/codes_sweep.py [experts] [packed] [dense] [int4] [--seconds 120] [--rows 64 256]
         [--only 6144x4096]
 
 dense: FP8 with a scale an output ("channel") and for blocks of 128 x 128, of Llama-8B and of Qwen3-30B-A3B: ours,
 cuBLAS' (rounding x counted in both) and cuBLAS in bfloat16. int4: groups of 128, as they are and decoded before.
-experts: Qwen3-30B-A3B's in blocks. Every figure is us, the median of replays of a CUDA graph that goes through more
-weights than the L2 cache holds; "!" behind one: its result was further from the reference than its format explains.
-Kernels are compiled by all processors beforehand, into Triton's cache on the disk. Rows are printed as they are found;
-after --seconds no more are begun.
+experts: Qwen3-30B-A3B's in blocks. packed: gpt-oss-20b's in MXFP4 and Qwen3-30B-A3B's in 4 bits, by tiles of codes,
+gate_up and down apart, and by numbers decoded before. Every figure is us, the median of replays of a CUDA graph that
+goes through more weights than the L2 cache holds; "!" behind one: its result was further from the reference than its
+format explains. Kernels are compiled by all processors beforehand, into Triton's cache on the disk. Rows are printed as
+they are found; after --seconds no more are begun.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 from codes_bench import FORMATS, Shape, copies, cublas, error, random_codes
-from expert_cases import QWEN, random_routed
+from expert_cases import GPT_OSS, QWEN, random_routed
+from expert_cases import Shape as ExpertShape
 from expert_cases import random_codes as expert_codes
 from kernel_timing import BF16, DEVICE, graph_us
 
@@ -35,7 +37,8 @@ from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.grouped_scaled import ScaledConfig, pick_scaled, scaled_pairs
 from tpctl.kernels.experts.matrices import experts_reference
 from tpctl.kernels.experts.placing import place
-from tpctl.kernels.experts.tile_config import pick_block_m
+from tpctl.kernels.experts.routing import Routed
+from tpctl.kernels.experts.tile_config import TileConfig, pick_block_m
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales
 from tpctl.kernels.linear.codes_gemm import GemmConfig, decoded_linear, gemm_config, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, take_apart
@@ -54,6 +57,12 @@ PACKED_TILES = [PackedConfig(*one) for one in (
     (256, 128, 32, 8, 4), (128, 64, 64, 4, 3), (128, 64, 32, 4, 4),
     (64, 128, 64, 8, 4, 4), (256, 128, 64, 8, 3, 2), (256, 128, 64, 8, 3, 4),
 )]  # fmt: skip
+CODE_TILES = [
+    TileConfig(m, *tile)
+    for m in (16, 32, 64)
+    for tile in ((64, 128, 2, 3), (64, 128, 4, 3), (128, 128, 4, 3), (32, 128, 2, 4), (64, 64, 2, 4))
+]
+PACKED_ROWS = (64, 128, 176, 219, 256, 384, 512, 1024, 2048, 16384)
 UP_TILES = [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
 DOWN_TILES = [(128, 128, 8, 4), (128, 128, 8, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
 
@@ -282,6 +291,64 @@ def experts(args: argparse.Namespace, clock: Clock) -> None:
         )
 
 
+def packed_layers(shape: ExpertShape, count: int) -> CodedExperts:
+    """Of so many experts."""
+
+    def matrix(n: int, k: int) -> CodedMatrix:
+        if shape is GPT_OSS:
+            return CodedMatrix(expert_codes("e2m1", count, n, k, 32, True))
+        return CodedMatrix(expert_codes("uint4", count, n, k, 128, False))
+
+    def bias(n: int) -> torch.Tensor | None:
+        return torch.randn(count, n, device=DEVICE, dtype=BF16) if shape.interleaved else None
+
+    up, down = matrix(2 * shape.width, shape.hidden), matrix(shape.hidden, shape.width)
+    biases = bias(2 * shape.width), bias(shape.hidden)
+    return CodedExperts(up, down, *biases, shape.activation, shape.interleaved)
+
+
+def apart(e: CodedExperts, r: Routed, config: TileConfig) -> tuple[Callable[[], object], ...]:
+    """gate_up and down, with tiles of one configuration."""
+    placed = place(r.ids, e.count, config.block_m)
+    h = torch.randn(r.ids.numel(), e.width, device=DEVICE, dtype=BF16)
+    return partial(e.gate_up_pairs, r, placed, config), partial(e.down_pairs, h, r, placed, config)
+
+
+def packed_experts(args: argparse.Namespace, clock: Clock) -> None:
+    for shape in (GPT_OSS, QWEN):
+        layers = [packed_layers(shape, shape.count) for _ in range(2)]
+        line(f"{shape.name} in 4 bits, us", "rows", "picked", "decoded", "error", "best of gate_up; of down")
+        for rows in args.rows or PACKED_ROWS:
+            if clock.over():
+                return
+            made = [(random_routed(shape, rows), layers[i % 2]) for i in range(6 if rows <= 512 else 2)]
+            as_codes: list[Callable[[], object]] = [
+                partial(e.pairs_in_tiles, r, e.tiles(r, shape.count)) for r, e in made
+            ]
+            decoded: list[Callable[[], object]] = [partial(e.decoded().grouped_pairs, r, shape.count) for r, e in made]
+            found: dict[TileConfig, list[float]] = {}
+            for config in CODE_TILES if rows <= 2048 else []:
+                both = list(zip(*(apart(e, r, config) for r, e in made), strict=True))
+                try:
+                    found[config] = [graph_us(list(calls), 3) for calls in both]
+                except Exception as failed:
+                    print(f"  ({config}: {type(failed).__name__}: {str(failed)[:100]})", flush=True)
+            routed, one = made[0]
+            y = one.decoded().grouped_pairs(routed, shape.count)[: 8 * shape.per_token]
+            few = Routed(routed.x[:8], routed.ids[:8], routed.weights[:8])
+            want = experts_reference(few.x, few.ids, few.weights, one, torch.float32)
+            best = [sorted((us[which], tuple(config)) for config, us in found.items())[:4] for which in (0, 1)]
+            line(
+                "gate_up and down",
+                rows,
+                tried(partial(graph_us, as_codes, 3)),
+                tried(partial(graph_us, decoded, 3)),
+                f"{error(y.view(8, -1, shape.hidden).float().sum(1), want):.1e}",
+                "; ".join(" ".join(f"{us:.0f} {config}" for us, config in some) for some in best),
+            )
+        del layers
+
+
 def timed_experts(
     made: Sequence[Any], placed: Sequence[Any], configs: tuple[ScaledConfig, ScaledConfig], pdl: bool
 ) -> float | None:
@@ -324,6 +391,16 @@ def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
         scaled_pairs(routed, CodedExperts(up, down, activation="silu"), placed, job, pdl=early_launch(rows, DEVICE))
 
 
+def compile_packed_experts(job: tuple[ExpertShape, TileConfig]) -> None:
+    shape, config = job
+    made = packed_layers(shape, 16)
+    for rows in (128, 512):
+        ids = torch.zeros(rows, shape.per_token, dtype=torch.int32, device=DEVICE)
+        routed = Routed(torch.zeros(rows, shape.hidden, device=DEVICE, dtype=BF16), ids, ids.float())
+        for call in apart(made, routed, config):
+            call()
+
+
 def compiled(sections: Iterable[str]) -> list[tuple[Callable[[Any], None], Any]]:
     """What is to be compiled: of the two kinds of launches, early ones and not, in one job."""
     jobs: list[tuple[Callable[[Any], None], Any]] = []
@@ -333,6 +410,8 @@ def compiled(sections: Iterable[str]) -> list[tuple[Callable[[Any], None], Any]]
             jobs += [(compile_dense, ("fp8 channel", inputs, config)) for config in BLOCK_TILES[:2] + BLOCK_TILES[5:6]]
     if "int4" in sections:
         jobs += [(compile_packed, (inputs, config)) for inputs in (4096, 14336) for config in PACKED_TILES]
+    if "packed" in sections:
+        jobs += [(compile_packed_experts, (shape, config)) for shape in (GPT_OSS, QWEN) for config in CODE_TILES]
     if "experts" in sections:
         heights = {16, 32, 64, 128}
         for block_m in heights:
@@ -352,7 +431,7 @@ def run_job(job: tuple[Callable[[Any], None], Any]) -> None:
         print(f"  ({job[1]}: {type(failed).__name__}: {str(failed)[:100]})", flush=True)
 
 
-SECTIONS = {"experts": experts, "dense": dense, "int4": int4}
+SECTIONS = {"experts": experts, "packed": packed_experts, "dense": dense, "int4": int4}
 
 
 def main() -> None:

@@ -106,7 +106,8 @@ def test_linears_of_experts_fit(arch, model, kind, codes, block_m, gated) -> Non
     config = pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED[arch], codes=bool(kind))
     flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
     flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": activation if gated else None}
-    kernel, stored = grouped_linear_kernel, {"INPUTS": form.inputs, "OUTPUTS": form.outputs, "BLOCK_K": config.block_k}
+    stored = {"INPUTS": form.inputs, "OUTPUTS": form.outputs, "PART": False, "BLOCK_K": config.block_k}
+    kernel = grouped_linear_kernel
     if kind:
         kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
     flags |= {"HAS_BIAS": biases, "STAGES": config.num_stages, **stored}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,6 +105,16 @@ def test_codes_in_bfloat16(kind, codes) -> None:
     plain = random_experts(3, 64, 64, torch.bfloat16, biases=True)
     experts = coded_experts(3, 64, 64, kind, experts=plain, **codes)
     check(random_routed(3, 64, 3, 2, torch.bfloat16), experts, 1e-2, residual=True)
+
+
+@pytest.mark.parametrize("kind,most", [("e2m1", 32), ("uint4", 32), ("int8", 128)])
+def test_packed_codes_have_smaller_tiles(kind: str, most: int) -> None:
+    plain = random_experts(2, 64, 64, torch.bfloat16)
+    routed = random_routed(300, 64, 2, 2, torch.bfloat16)
+    assert [tile.block_m for tile in plain.tiles(routed, 2)] == [128, 128]
+    assert [tile.block_m for tile in coded_experts(2, 64, 64, kind, experts=plain).tiles(routed, 2)] == [most, most]
+    mixed = replace(plain, down=coded_experts(2, 64, 64, kind, experts=plain).down)
+    assert [tile.block_m for tile in mixed.tiles(routed, 2)] == [most, most]
 
 
 @pytest.mark.parametrize("limit", [232448, 166912, 101376])

@@ -28,6 +28,12 @@ class CodedMatrix(ExpertMatrix):
     def outputs(self) -> int:
         return self.codes.outputs
 
+    @property
+    def most_pairs(self) -> int:
+        """Of packed codes 32, whose numbers are in registers of two warps in front of the tensor cores: on an H200 a
+        step of gpt-oss-20b with a fifth more pairs, in tiles of 64, took 13.3 ms instead of 8.8."""
+        return 32 if self.codes.kind in PACKED else 128
+
     def numbers(self, expert: int, dtype: torch.dtype) -> Tensor:
         return decode(self.codes.of_expert(expert)).to(dtype)
 

@@ -45,6 +45,7 @@ class DenseMatrix(ExpertMatrix):
             launch.count,
             INPUTS=self.values.shape[2],
             OUTPUTS=self.outputs,
+            PART=False,
             BLOCK_K=launch.block_k,
             **launch.flags,
         )

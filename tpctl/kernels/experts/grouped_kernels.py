@@ -96,7 +96,7 @@ def _product(
     return tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first", "count"])
 def grouped_linear_kernel(
     x_ptr,
     ids_ptr,
@@ -112,6 +112,7 @@ def grouped_linear_kernel(
     count,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    PART: tl.constexpr,  # of the matrices only those of `count` experts from `first` on are here; other tiles are none
     PER_TOKEN: tl.constexpr,
     SLOTS: tl.constexpr,  # PER_TOKEN, or the next power of two
     LISTED: tl.constexpr,  # the tiles are `placing`'s, else one for each pair
@@ -130,6 +131,8 @@ def grouped_linear_kernel(
     WHOLE: tl.constexpr = INPUTS % BLOCK_K == 0
     expert, pair = tile_of(ids_ptr, pairs_ptr, tiles_ptr, rows, first, count, PER_TOKEN, SLOTS, LISTED, GATED, BLOCK_M,
                            PDL)  # fmt: skip
+    if PART:
+        expert = tl.where((expert >= first) & (expert < first + count), expert - first, -1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < WIDTH
     if expert >= 0:

@@ -75,7 +75,9 @@ class ExpertMatrices(Generic[M]):
         """Of gate_up and down, with one block_m."""
         x = routed.x
         few = len(x) <= UNLISTED_ROWS or x.dtype == torch.float32
-        block_m = UNLISTED_ROWS if few else pick_block_m(routed.ids.numel(), total)
+        block_m = UNLISTED_ROWS
+        if not few:
+            block_m = min(pick_block_m(routed.ids.numel(), total), self.gate_up.most_pairs, self.down.most_pairs)
         size, limit = x.element_size(), shared_memory(x.device)
         return (
             self.gate_up.tile(block_m, gated=True, itemsize=size, limit=limit),

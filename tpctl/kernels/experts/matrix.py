@@ -40,6 +40,11 @@ class ExpertMatrix(ABC):
     """[E, outputs, inputs]: a matrix of every expert here."""
 
     @property
+    def most_pairs(self) -> int:
+        """Pairs that its tiles have at most, but in float32."""
+        return 128
+
+    @property
     @abstractmethod
     def count(self) -> int:
         """E."""

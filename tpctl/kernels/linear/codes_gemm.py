@@ -233,6 +233,8 @@ def decode_rows(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, pdl:
         numbers,
         start,
         stop,
+        codes.outputs,
+        codes.scales.shape[0],
         FORM=form,
         BLOCK_N=block_n,
         BYTES=tile,

@@ -159,7 +159,7 @@ def scaled_gemm_kernel(
     tl.store(out_ptr + m.to(tl.int64)[:, None] * out_stride + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop"])
 def decode_kernel(
     w_ptr,
     scales_ptr,
@@ -170,12 +170,25 @@ def decode_kernel(
     out_ptr,
     start,
     stop,
+    outputs,  # of a matrix, and its rows of scales
+    scale_rows,
     FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Numbers of outputs start to stop, of as many matrices as the grid has in its third place."""
+    matrix = tl.program_id(2).to(tl.int64)
+    w_ptr += matrix * outputs * FORM.row_bytes
+    scales_ptr += matrix * scale_rows * FORM.scale_columns
+    if FORM.has_zeros:
+        zeros_ptr += matrix * scale_rows * FORM.scale_columns
+    if FORM.has_groups:
+        groups_ptr += matrix * FORM.columns
+    if FORM.has_factors:
+        factors_ptr += matrix * outputs
+    out_ptr += matrix * (stop - start) * FORM.columns
     n = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_safe = tl.minimum(n, stop - 1)
     first = tl.program_id(1) * BYTES
