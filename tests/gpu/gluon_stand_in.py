@@ -15,9 +15,13 @@ from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from tests.gpu import assembly
 
 PATIENCE_S = 20
 """Within which a barrier is completed."""
@@ -37,6 +41,9 @@ class Shared:
 
     def index(self, at: Tensor | int) -> Shared:
         return Shared(self.values[int(at)])
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.values[start : start + length])
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.values.permute(order))
@@ -95,6 +102,12 @@ class Pointer:
     def __init__(self, values: Tensor, offset: Tensor | int = 0) -> None:
         self.values, self.offset = values, offset
 
+    @property
+    def memory(self) -> Tensor:
+        """All that is there from where the values begin, whatever their strides."""
+        size = self.values.untyped_storage().size() // self.values.element_size() - self.values.storage_offset()
+        return self.values.as_strided((size,), (1,))
+
     def __add__(self, offset: Tensor | int) -> Pointer:
         return Pointer(self.values, self.offset + offset)
 
@@ -112,7 +125,7 @@ class Descriptor:
         block = torch.zeros(rows, columns, dtype=self.dtype)
         there = self.matrix[row : row + rows, column : column + columns]
         block[: len(there)] = there
-        target.values.fill_(float("nan"))  # what was there is lost from now on
+        target.values.fill_(_lost(self.dtype))  # what was there is, from now on
 
         def arrive() -> None:
             time.sleep(LATE_S * random.random())
@@ -125,19 +138,20 @@ class Descriptor:
 class Product:
     """a @ b, or added to sums, under way."""
 
-    def __init__(self, a: Any, b: Shared, sums: Tensor, added: bool) -> None:
+    def __init__(self, a: Any, b: Shared, sums: Tensor | Product, added: bool) -> None:
         self._a, self._b, self._sums, self._added = a, b, sums, added
         self.result: Tensor | None = None
 
     def compute(self) -> None:
         a = self._a.values if isinstance(self._a, Shared) else self._a
         result = a.float() @ self._b.values.float()
-        self.result = self._sums + result if self._added else result
+        before = self._sums.result if isinstance(self._sums, Product) else self._sums
+        self.result = before + result if self._added else result
 
 
-def _multiply(a: Any, b: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+def _multiply(a: Any, b: Shared, sums: Tensor | Product, use_acc: bool = True, is_async: bool = False) -> Product:
+    """Products under way may be added to: they are computed in order."""
     assert is_async
-    assert isinstance(sums, Tensor), "sums that are under way"
     _part.products.append(Product(a, b, sums, use_acc))
     return _part.products[-1]  # type: ignore[no-any-return]
 
@@ -157,13 +171,17 @@ def _tensor(value: Any, like: Any = None) -> Tensor:
     return torch.tensor(value, dtype=like.dtype if isinstance(like, Tensor) else None)
 
 
-def _load(pointer: Pointer) -> Tensor:
-    return pointer.values.view(-1)[int(pointer.offset)]
+def _load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+    flat, offset = pointer.memory, _tensor(pointer.offset).long()
+    if mask is None:
+        return flat[offset]
+    mask, offset = torch.broadcast_tensors(mask, offset)
+    return torch.where(mask, flat[offset.where(mask, 0)], torch.tensor(other, dtype=flat.dtype))
 
 
-def _store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
-    kept = mask.expand(values.shape)
-    pointer.values.view(-1)[_tensor(pointer.offset).expand(values.shape)[kept]] = values[kept]
+def _store(pointer: Pointer, values: Tensor, mask: Tensor | None = None) -> None:
+    kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand(values.shape)
+    pointer.memory[_tensor(pointer.offset).expand(values.shape)[kept]] = values[kept]
 
 
 def _together(calls: list[Callable[[], None]]) -> None:
@@ -198,10 +216,38 @@ def _specialize(
     _together([partial(run, *one) for one in parts])
 
 
+def _lost(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 0x55
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
     if dtype == torch.int64:
         return Barriers(shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, _lost(dtype), dtype=dtype))
+
+
+def _assembly(
+    code: str, constraints: str, values: list[Tensor], dtype: torch.dtype, is_pure: bool, pack: int
+) -> Tensor | None:
+    """What has no operands is about launches alone. ``pack`` neighbours make registers."""
+    if not values:
+        return None
+    values = [one.contiguous() for one in torch.broadcast_tensors(*values)]
+    words = [one.view(torch.uint8).numpy().reshape(-1, pack * one.element_size()).view(np.uint32) for one in values]
+    found = assembly.run(code, [one[:, i] for one in words for i in range(one.shape[1])], pack * dtype.itemsize // 4)
+    return torch.from_numpy(np.stack(found, 1)).view(dtype).view(values[0].shape)
+
+
+def _tell(flag: Pointer) -> None:
+    flag.memory[int(flag.offset)] = 1
+
+
+def _wait_for(flag: Pointer) -> None:
+    until, flags, at = time.monotonic() + PATIENCE_S, flag.memory, int(flag.offset)
+    while not flags[at]:
+        assert time.monotonic() < until and not _failed.is_set(), "a flag that nobody sets"
+        time.sleep(LATE_S)
+    flags[at] = 0
 
 
 def _layout(*arguments: object) -> None:
@@ -211,7 +257,10 @@ def _layout(*arguments: object) -> None:
 _LANGUAGE = SimpleNamespace(
     constexpr=lambda value: value,
     static_range=range,
+    int32=torch.int32,
     int64=torch.int64,
+    uint8=torch.uint8,
+    bfloat16=torch.bfloat16,
     float32=torch.float32,
     arange=lambda first, end, layout: torch.arange(first, end),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -224,6 +273,9 @@ _LANGUAGE = SimpleNamespace(
     exp2=torch.exp2,
     cdiv=lambda a, b: -(-_tensor(a) // b),
     convert_layout=lambda values, layout: values,
+    join=lambda a, b: torch.stack([a, b], -1),
+    split=lambda values: values.unbind(-1),
+    inline_asm_elementwise=_assembly,
     load=_load,
     store=_store,
     num_programs=lambda axis: _part.grid,
@@ -245,6 +297,9 @@ _HOPPER = {
         wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
     ),
     "tma": SimpleNamespace(async_copy_global_to_shared=lambda matrix, at, barrier, to: matrix.copy(at, barrier, to)),
+    "tl": SimpleNamespace(constexpr=None, exp=torch.exp),
+    "tell": _tell,
+    "wait_for": _wait_for,
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _wait,
 }
@@ -255,7 +310,9 @@ def launch(module: ModuleType, name: str, programs: int, *arguments: Any, **cons
     names: dict[str, Any] = {"gl": _LANGUAGE, **_HOPPER}
     functions = [value.fn for value in vars(module).values() if isinstance(value, JITFunction)]
     for key, value in (item for function in functions for item in function.__globals__.items()):
-        if isinstance(value, JITFunction):
+        if key in _HOPPER:
+            continue
+        if isinstance(value, JITFunction | InterpretedFunction):
             names[key] = FunctionType(value.fn.__code__, names, key)
         elif key.isupper():
             names[key] = getattr(value, "value", value)

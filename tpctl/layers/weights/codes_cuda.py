@@ -15,7 +15,7 @@ from tpctl.arch.block import Activation
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.codes import PACKED, Codes
-from tpctl.kernels.common.launch import capability, interprets, shared_memory
+from tpctl.kernels.common.launch import capability, interprets, is_hopper, shared_memory
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales, takes_rows
 from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
@@ -23,6 +23,7 @@ from tpctl.kernels.linear.codes_linear import codes_linear, may_be_fast, pick_co
 from tpctl.kernels.linear.codes_ring import codes_ring, pick_codes_ring, ring_reads
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, pick_packed
+from tpctl.kernels.linear.wide_gemm import WideConfig, pick_wide, wide_gemm
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.kernels import GpuFacts, StepState, fused, normed
@@ -50,14 +51,19 @@ class KernelCodesWeight(CodesWeight):
         if way == "cublas":
             assert self._cublas is not None
             return cublas_linear(x, self.codes, self._cublas, bias, **fused(norm), pdl=self._state.pdl)
+        if isinstance(way, WideConfig):
+            return self._wide(x, bias, way, norm)
         x = x if norm is None else normed(x, norm, self._state)
         if isinstance(way, PackedConfig):
             return packed_gemm(x, self.codes, way, bias_N=bias, pdl=self._state.pdl)
         return decoded_linear(x, self.codes, bias, pdl=self._state.pdl)
 
     def gated(self, x: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None = None) -> Tensor:
-        if self._way(x) == "stored":
+        way = self._way(x)
+        if way == "stored":
             return self._stored(x, bias, norm, activation=activation)
+        if isinstance(way, WideConfig):
+            return self._wide(x, bias, way, norm, activation=activation)
         return act_and_mul(self.linear(x, bias, norm), activation=activation, pdl=self._state.pdl)
 
     def partial(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,12 +72,15 @@ class KernelCodesWeight(CodesWeight):
         return self.linear(x, bias)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> None:
-        if self._way(x) == "stored":
+        way = self._way(x)
+        if way == "stored":
             self._stored(x, bias, None, residual=residual)
+        elif isinstance(way, WideConfig):
+            self._wide(x, bias, way, None, residual_TN=residual, out=residual)
         else:
             residual.add_(self.linear(x, bias))
 
-    def _way(self, x: Tensor) -> Way | Literal["cublas"] | PackedConfig:
+    def _way(self, x: Tensor) -> Way | Literal["cublas"] | PackedConfig | WideConfig:
         if not self._facts.takes(x):  # cuBLAS multiplies float32 faster
             return "decoded"
         rows, arch, multiprocessors = x.shape[0], capability(x.device), self._facts.multiprocessors
@@ -79,10 +88,19 @@ class KernelCodesWeight(CodesWeight):
             scales = self._cublas
             if scales is not None and takes_rows(rows, self.codes, scales.block, multiprocessors):
                 return "cublas"
+            wide = pick_wide(rows, self.codes, multiprocessors=multiprocessors, hopper=is_hopper(x.device))
+            if wide is not None and may_be_fast(x, x):
+                return wide
             packed = pick_packed(rows, self.codes, arch, multiprocessors)
             if packed is not None:
                 return packed
         return pick_way(rows, self.codes, arch, multiprocessors)
+
+    def _wide(self, x: Tensor, bias: Tensor | None, config: WideConfig, norm: RMSNorm | None, **around: Any) -> Tensor:
+        if norm is not None and not may_be_fast(x, norm.weight):
+            x, norm = normed(x, norm, self._state), None
+        pdl = self._state.pdl
+        return wide_gemm(x, self.codes, self._scratch, config, bias_N=bias, **fused(norm), **around, pdl=pdl)
 
     def _stored(
         self,
