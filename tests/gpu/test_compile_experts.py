@@ -97,13 +97,14 @@ def forms_of(arch: int, model: Any, kind: str, codes: dict[str, Any]) -> tuple[F
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("block_m", [16, 32, 128])
 @pytest.mark.parametrize("arch,model,kind,codes", CASES)
 def test_linears_of_experts_fit(arch, model, kind, codes, block_m, gated) -> None:
     _, _, _, per_token, activation = model
     form = forms_of(arch, model, kind, codes)[0 if gated else 1]
     biases = isinstance(activation, Clamped)
-    config = pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED[arch], codes=bool(kind))
+    packed = kind in PACKED
+    config = pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED[arch], codes=bool(kind), packed=packed)
     flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
     flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": activation if gated else None}
     stored = {"INPUTS": form.inputs, "OUTPUTS": form.outputs, "PART": False, "BLOCK_K": config.block_k}

@@ -113,6 +113,12 @@ def test_packed_codes_have_smaller_tiles(kind: str, most: int) -> None:
     routed = random_routed(300, 64, 2, 2, torch.bfloat16)
     assert [tile.block_m for tile in plain.tiles(routed, 2)] == [128, 128]
     assert [tile.block_m for tile in coded_experts(2, 64, 64, kind, experts=plain).tiles(routed, 2)] == [most, most]
+    if most == 32:
+        few = random_routed(14, 64, 2, 2, torch.bfloat16)
+        few = few._replace(**{name: torch.cat([getattr(few, name)] * 2) for name in ("x", "ids", "weights")})
+        coded = coded_experts(2, 64, 64, kind, experts=plain)
+        assert [tile.block_m for tile in coded.tiles(few, 4)] == [16, 16]
+        assert [(tile.block_m, tile.block_k) for tile in coded.tiles(few, 3)] == [(32, 64)] * 2
     mixed = replace(plain, down=coded_experts(2, 64, 64, kind, experts=plain).down)
     assert [tile.block_m for tile in mixed.tiles(routed, 2)] == [most, most]
 

@@ -197,15 +197,15 @@ def picked(rows: int, outputs: int, columns: int, codes: Codes | None = None, *,
 def test_which_are_cut_how() -> None:
     """Outputs that fill the device are shared out, of others the inputs are cut where that leaves little idle."""
 
-    def splits(outputs: int, columns: int) -> list[int | None]:
+    def cuts(outputs: int, columns: int) -> list[tuple[int, ...] | None]:
         found = [picked(rows, outputs, columns) for rows in (64, 128, 256, 384, 512)]
-        return [None if one is None else one.split for one in found]
+        return [None if one is None else (one.rows, one.warpgroups, one.split) for one in found]
 
-    assert splits(28672, 4096) == [0, 0, 0, 0, 0]
-    assert splits(4096, 14336) == [4, 4, 4, 0, 2]
-    assert splits(4096, 4096) == [None, 4, 4, 0, 2]
-    assert splits(6144, 4096) == [None, 0, 0, 0, 0]
-    assert splits(2048, 4096) == [None] * 5
+    assert cuts(28672, 4096) == [(64, 2, 0), (128, 2, 0), (256, 2, 0), (128, 2, 0), (256, 2, 0)]
+    assert cuts(4096, 14336) == [(64, 2, 4), (128, 1, 2), (256, 1, 2), (128, 2, 1), (128, 2, 1)]
+    assert cuts(4096, 4096) == cuts(4096, 14336)
+    assert cuts(6144, 4096) == [(64, 2, 2), (128, 1, 1), (256, 1, 1), (128, 2, 0), (128, 2, 0)]
+    assert cuts(2048, 4096) == [None] * 5
     assert picked(100, 4096, 4096, hopper=False) is None
     assert [picked(rows, 28672, 4096) is None for rows in (32, 33, 512, 513)] == [True, False, False, True]
 

@@ -19,7 +19,7 @@ from tpctl.kernels.experts.gating import gated_reference
 from tpctl.kernels.experts.matrix import ExpertMatrix, PairsLaunch
 from tpctl.kernels.experts.placing import Placed, place
 from tpctl.kernels.experts.routing import Routed
-from tpctl.kernels.experts.tile_config import TileConfig, pick_block_m
+from tpctl.kernels.experts.tile_config import TileConfig
 
 UNLISTED_ROWS = 16
 """Most tokens whose tiles need no list: they are one tile."""
@@ -77,7 +77,8 @@ class ExpertMatrices(Generic[M]):
         few = len(x) <= UNLISTED_ROWS or x.dtype == torch.float32
         block_m = UNLISTED_ROWS
         if not few:
-            block_m = min(pick_block_m(routed.ids.numel(), total), self.gate_up.most_pairs, self.down.most_pairs)
+            pairs = routed.ids.numel()
+            block_m = min(one.pairs_of_tile(pairs, total) for one in (self.gate_up, self.down))
         size, limit = x.element_size(), shared_memory(x.device)
         return (
             self.gate_up.tile(block_m, gated=True, itemsize=size, limit=limit),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpctl.kernels.experts.tile_config import TileConfig
+from tpctl.kernels.experts.tile_config import TileConfig, pick_block_m
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,9 @@ class PairsLaunch:
 class ExpertMatrix(ABC):
     """[E, outputs, inputs]: a matrix of every expert here."""
 
-    @property
-    def most_pairs(self) -> int:
-        """Pairs that its tiles have at most, but in float32."""
-        return 128
+    def pairs_of_tile(self, pairs: int, experts: int) -> int:
+        """How many a tile should have, of so many pairs of all experts, whichever rank these are on."""
+        return pick_block_m(pairs, experts)
 
     @property
     @abstractmethod

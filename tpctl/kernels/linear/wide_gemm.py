@@ -58,25 +58,25 @@ def wide_form(codes: Codes) -> Form | None:
     return found[0]
 
 
-class _Rule(NamedTuple):
-    """Of rows up to so many: numbers of W from which on it is used, rows of a tile, groups of warps, stages, which
-    fill the shared memory."""
+class _Tile(NamedTuple):
+    """Of a program: rows, groups of warps, stages, which fill the shared memory."""
 
     rows: int
-    least: int
-    tile: int
     warpgroups: int
     stages: int
 
 
-_RULES = (
-    _Rule(64, 3 << 24, 64, 2, 8),
-    _Rule(128, 1 << 24, 128, 2, 5),
-    _Rule(256, 1 << 24, 256, 2, 3),
-    _Rule(384, 1 << 24, 128, 2, 5),
-    _Rule(512, 1 << 24, 256, 2, 3),
-)
-"""Estimates, not measured yet."""
+_TILES = {
+    64: (_Tile(64, 2, 4), _Tile(64, 2, 4)),
+    128: (_Tile(128, 2, 5), _Tile(128, 1, 6)),
+    256: (_Tile(256, 2, 3), _Tile(256, 1, 3)),
+    384: (_Tile(128, 2, 5), _Tile(128, 2, 5)),
+    512: (_Tile(256, 2, 3), _Tile(128, 2, 5)),
+}
+"""Of up to so many rows, where that makes tiles for the whole device, and else; by the four linears of Llama-8B on an
+H200 (docs/log/2026-11-29-codes-on-gpu.md), but for 384, an estimate."""
+_SMALLEST = 1 << 24
+"""Numbers of W: smaller ones were not timed."""
 _FEWEST = 33
 """Fewer rows are faster by `codes_linear`."""
 _LEAST = 7
@@ -87,18 +87,20 @@ def pick_wide(rows: int, codes: Codes, *, multiprocessors: int, hopper: bool) ->
     """How to cut a linear; None where another way is faster, or the kernel takes no such codes.
 
     Outputs that fill the device are shared out evenly among its programs; of fewer, the inputs are cut into as many
-    parts as it has room for, where those leave little of it idle.
+    parts as it has room for, where those leave less than a third of it idle.
     """
     if not hopper or not has_gluon() or rows < _FEWEST or wide_form(codes) is None:
         return None
-    rule = next((one for one in _RULES if rows <= one.rows), None)
-    if rule is None or codes.outputs * codes.columns < rule.least:
+    found = next((tiles for most, tiles in _TILES.items() if rows <= most), None)
+    if found is None or codes.outputs * codes.columns < _SMALLEST:
         return None
-    config = WideConfig(rule.tile, rule.warpgroups, rule.stages)
+    config = WideConfig(*found[0])
+    if tiles_of(rows, codes, config, gated=False)[1] < multiprocessors:
+        config = WideConfig(*found[1])
     tiles = tiles_of(rows, codes, config, gated=False)[1]
-    split = min(multiprocessors // tiles, codes.columns // 128 // _LEAST)
-    even = tiles < multiprocessors and 6 * max(1, split) * tiles >= 5 * multiprocessors
-    return config._replace(split=max(1, split) if even else 0)
+    split = max(1, min(multiprocessors // tiles, codes.columns // 128 // _LEAST))
+    even = tiles < multiprocessors and 3 * split * tiles > 2 * multiprocessors
+    return config._replace(split=split if even else 0)
 
 
 def reorder(
