@@ -118,12 +118,16 @@ class _TagSplitter:
         self._detokenizer = text
         self._tags = tags
         self._by_text = tags.ids is None
+        self._marks = tags.around_ids | set(tags.ids or ())
         self._place = place
         self._held = ""  # what may be, or begin, a tag
         self._thoughts = _Trimmed(tags.label, both=True)
         self._answer = _Trimmed()
 
     def push(self, id: int) -> list[Segment]:
+        if id not in self._marks:
+            text = self._detokenizer.push(id)
+            return self._take(text) if text else []
         if id in self._tags.around_ids:
             return self._pass_mark()
         if id != self._awaited():
@@ -181,7 +185,7 @@ class _TagSplitter:
             case _Place.opening:
                 return self._open(self._held + text)
             case _Place.reasoning:
-                return self._think(self._held + text)
+                return self._think(text)
         return _segments(self._answer.push(text))
 
     def _open(self, text: str) -> list[Segment]:
@@ -198,6 +202,9 @@ class _TagSplitter:
 
     def _think(self, text: str) -> list[Segment]:
         tag = self._tags.close
+        if not self._held and not (self._by_text and tag[0] in text):  # as nearly all
+            return _segments(self._thoughts.push(text), reasoning=True)
+        text = self._held + text
         if self._by_text and (at := text.find(tag)) >= 0:
             before = _segments(self._thoughts.push(text[:at]), reasoning=True)
             return before + self._pass_tag() + self._take(text[at + len(tag) :])
@@ -220,6 +227,8 @@ class _Trimmed:
         self.begun = False
 
     def push(self, piece: str) -> str:
+        if self.begun and not self._held and not (self._both and piece.endswith(("\r", "\n"))):  # as nearly all
+            return piece
         text = self._held + piece
         if not self.begun:
             text = text.lstrip(_BREAKS)

@@ -26,6 +26,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = [(string, borders(string)) for string in strings if string]
+        self._firsts = frozenset(string[0] for string, _ in self._strings)
         self._begun = [0] * len(self._strings)  # characters of each that the text so far ends with
         self._held = ""
         self.found = False
@@ -35,7 +36,7 @@ class StopStrings:
         """The text that is safe to show; after a stop string was ``found`` there is no more."""
         if self.found:
             return ""
-        if not self._strings:
+        if not self._held and self._firsts.isdisjoint(piece):  # as nearly all, which begin none
             return piece
         text = self._held + piece
         ends = [at - len(string) for string, at in self._walk(piece, stop=True)]
