@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ from tpctl.client.tokenizer import Tokenizer  # noqa: E402
 TEXT = "The sky is blue because molecules of the air scatter short waves of light more than long ones.\n"
 
 
-async def stream(port: int, body: dict[str, object], begun: asyncio.Event) -> int:
+async def stream(port: int, body: dict[str, object]) -> int:
     """Send a request, and count the bytes that come."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     raw = json.dumps(body).encode()
@@ -40,17 +41,22 @@ async def stream(port: int, body: dict[str, object], begun: asyncio.Event) -> in
     writer.write(b"content-length: %d\r\n\r\n" % len(raw) + raw)
     count = 0
     while piece := await reader.read(1 << 20):
-        begun.set()
         count += len(piece)
     writer.close()
     return count
 
 
+def requests_open(port: int) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        found = re.search(r"^tpctl_requests_open (\S+)$", answer.read().decode(), re.M)
+    return float(found[1]) if found else 0.0
+
+
 async def measure(pid: int, port: int, streams: int, body: dict[str, object]) -> tuple[float, float, float, int]:
     """Processor seconds of its own and the system's, seconds, and bytes of all streams."""
-    begun = asyncio.Event()
-    tasks = [asyncio.create_task(stream(port, body, begun)) for _ in range(streams)]
-    await begun.wait()  # the engine begins when it has them all
+    tasks = [asyncio.create_task(stream(port, body)) for _ in range(streams)]
+    while await asyncio.to_thread(requests_open, port) < streams:  # a second behind the last the engine begins
+        await asyncio.sleep(0.02)
     before, started = processor_seconds(pid), time.perf_counter()
     sizes = await asyncio.gather(*tasks)
     seconds = time.perf_counter() - started
