@@ -49,6 +49,8 @@ NAMES = {
         "running": "tpctl_requests_running",
         "steps": "tpctl_steps_total",
         "tokens": "tpctl_generated_tokens_total",
+        "held": "tpctl_held_steps_total",
+        "late": "tpctl_late_steps_total",
     },
     "vllm": {
         "running": "vllm:num_requests_running",
@@ -132,10 +134,13 @@ def steady(asked: Asked, samples: list[Sample]) -> dict[str, Any]:
     seconds, steps = last.at - first.at, last.steps - first.steps
     processor, tokens = last.processor - first.processor, last.tokens - first.tokens
     found = {"step_ms": 1e3 * seconds / steps, "server_ms": 1e3 * processor / steps, "share": processor / seconds}
+    found |= {"held": (last.held - first.held) / steps, "late": (last.late - first.late) / steps}
     say(
         f"  all at work for {seconds:.2f} s, {steps:.0f} steps of {found['step_ms']:.2f} ms; of each the server "
         f"computes {found['server_ms']:.2f} ms, {found['share']:.0%}; {1e6 * processor / max(tokens, 1):.1f} µs a token"
     )
+    if last.held > first.held:
+        say(f"  launched when due: {found['held']:.0%} of the steps, {found['late']:.1%} too late")
     return found
 
 

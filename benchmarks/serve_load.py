@@ -45,13 +45,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """A server at one time: seconds, its processor seconds, and what it says of itself."""
+    """A server at one time: seconds, its processor seconds, and what it says of itself; ``held``, ``late``: of its
+    steps, as of ``EngineStats``."""
 
     at: float
     processor: float
     running: float
     steps: float
     tokens: float
+    held: float = 0.0
+    late: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class FakeEngine:
         return self.router.mailbox(sink)
 
     def stats(self) -> EngineStats:
-        return engine_stats(num_blocks=10, free_blocks=4, running=len(self.open), preemptions=3)
+        return engine_stats(num_blocks=10, free_blocks=4, running=len(self.open), preemptions=3, held_steps=2)
 
     def close(self) -> None:
         with self._wake:

@@ -356,6 +356,7 @@ def test_counters_are_told(tokenizer: Tokenizer) -> None:
         assert f"tpctl_inter_token_seconds_count {len(ANSWER)}.0" in lines
         assert 'tpctl_kv_cache_usage_ratio{engine="0"} 0.6' in lines
         assert 'tpctl_preemptions_total{engine="0"} 3.0' in lines
+        assert 'tpctl_held_steps_total{engine="0"} 2.0' in lines
 
 
 def test_answers_are_timed_by_path(tokenizer: Tokenizer) -> None:

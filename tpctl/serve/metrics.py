@@ -142,6 +142,8 @@ def _of_engines(stats: Mapping[int, EngineStats]) -> list[Metric]:
     }
     counters: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "steps": ("Steps computed.", lambda one: one.steps),
+        "held_steps": ("Steps launched shortly before the one before was to end.", lambda one: one.held_steps),
+        "late_steps": ("Those of them behind its end, or hardly before it.", lambda one: one.late_steps),
         "preemptions": ("Requests that gave up their KV blocks.", lambda one: one.preemptions),
         "prefix_cache_queried_tokens": (
             "Prompt tokens looked for in the prefix cache.",
