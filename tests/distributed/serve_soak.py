@@ -37,7 +37,7 @@ from tests.distributed.server_process import PATIENCE, ServerProcess
 from tests.distributed.soak_checks import MOST_ROUNDS, Memory, check, check_start, children, is_whole
 from tests.distributed.soak_client import answer, free, request
 from tests.distributed.soak_ends import ends
-from tests.distributed.soak_forms import FEW_SHAPES, forms, tools
+from tests.distributed.soak_forms import forms, tools
 from tests.distributed.soak_wire import wire
 from tpctl.checkpoint.sources import resolve
 
@@ -249,6 +249,11 @@ KINDS: Mapping[str, Callable[..., Coroutine[Any, Any, None]]] = {
     "tools": lambda server: tools(server, CACHE),
     "wire": lambda server: wire(server, CACHE),
 }
+
+
+FEW_SHAPES = ("--max-num-seqs", "8", "--max-num-batched-tokens", "32")
+"""Options for kinds whose prompts have all lengths: they leave little of what torch keeps for each number of tokens
+(``soak_checks.KEPT``)."""
 
 
 def main(names: Sequence[str], model: str, count: int | None) -> None:

@@ -23,9 +23,6 @@ TEMPLATES = 4  # processes for chat templates
 AT_ONCE = 48
 ROUNDS, MOST_ROUNDS = 8, 48
 
-FEW_SHAPES = ("--max-num-seqs", "8", "--max-num-batched-tokens", "32")
-"""Options of the server's: torch keeps something for each number of tokens that a step has had, and nothing of that is
-to be taken for a leak, or to hide one."""
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
