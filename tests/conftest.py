@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sampling import by_test, leave_out, of_the_day, of_the_grid, today
+from tests.sampling import by_test, every_day, leave_out, of_the_day, of_the_grid, today
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
@@ -72,18 +72,22 @@ def _length(file: Path) -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests marked ``grid(times)``, take each value of each parameter so often, of those marked ``daily(share)``
-    one case of so many, and all with ``--whole-grid``."""
+    one case of so many, besides those marked ``always``; and all with ``--whole-grid``."""
     place = places(item.path for item in items)
     items.sort(key=lambda item: place[item.path])
     if config.getoption("--whole-grid"):
         return
     out: set[pytest.Item] = set()
     for cases in by_test(items).values():
-        taken = of_the_grid(cases)
-        if cases[0].path.parent.name != "gpu":  # which chooses for itself, of what it has sampled
-            taken = of_the_day(taken)
-        out.update(set(cases) - set(taken))
+        out.update(set(cases) - set(every_day(cases, _chosen)))
     leave_out(config, items, out)
+
+
+def _chosen(cases: list[pytest.Item]) -> list[pytest.Item]:
+    taken = of_the_grid(cases)
+    if cases[0].path.parent.name == "gpu":  # which chooses for itself, of what it has sampled
+        return taken
+    return of_the_day(taken)
 
 
 def pytest_collection_finish() -> None:

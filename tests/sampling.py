@@ -27,6 +27,13 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], left_out: set[pyt
         items[:] = [item for item in items if item not in left_out]
 
 
+def every_day(cases: list[pytest.Item], choose: Callable[[list[pytest.Item]], list[pytest.Item]]) -> list[pytest.Item]:
+    """Of a test's cases those marked ``always``, since no other takes their path, and what ``choose`` takes of the
+    others."""
+    others = [case for case in cases if case.get_closest_marker("always") is None]
+    return [case for case in cases if case not in others] + (choose(others) if others else [])
+
+
 def today() -> int:
     """The day that chooses, as a number: that of ``TPCTL_TEST_DAY`` (2026-11-30), which a run sets for its processes,
     else this one."""

@@ -1,7 +1,8 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
 grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
 ``--sampled-grid`` is given. Of a sample, and of a test with few cases, a third is run a day, not of all tests those of
-one place, which may be of one way (graphs, say); of what is only compiled the sample is another every day, too."""
+one place, which may be of one way (graphs, say), and besides them all that are marked ``always``; of what is only
+compiled the sample is another every day, too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.gpu.here import INTERPRET
-from tests.sampling import by_test, leave_out, of_the_day, sampled, today
+from tests.sampling import by_test, every_day, leave_out, of_the_day, sampled, today
 
 _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
@@ -35,8 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if whole or config.getoption("--whole-grid"):
         return
     tests = by_test(item for item in items if item.path.parent.name == "gpu").values()
-    kept = {one for cases in tests for one in of_the_day(_few(cases))}
+    kept = {one for cases in tests for one in every_day(cases, _chosen)}
     leave_out(config, items, {one for cases in tests for one in cases} - kept)
+
+
+def _chosen(cases: list[pytest.Item]) -> list[pytest.Item]:
+    return of_the_day(_few(cases))
 
 
 def _few(cases: list[pytest.Item]) -> list[pytest.Item]:

@@ -59,7 +59,7 @@ def test_drafts_in_layers_of_other_kinds(
     assert max(key[0] for key in replayed if key[0] != "mixed") > 2  # type: ignore[index,type-var,return-value,operator]
 
 
-@pytest.mark.daily(2)
+@pytest.mark.always
 @pytest.mark.parametrize(
     ("params", "eager"),
     [

@@ -200,6 +200,7 @@ def batch(decodes: int, chunks: list[int], *, paced: bool = True) -> ScheduledBa
     return ScheduledBatch([item(1)] * decodes + [item(tokens) for tokens in chunks], decodes, paced)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     "decodes,chunks,taken",
     [

@@ -125,6 +125,7 @@ def test_drafts_and_answers_are_those_of_a_cpu(
     assert {key[0] for key in replayed if isinstance(key[0], str)} == (set() if eager else {"follow", "draft", "mixed"})  # type: ignore[index]
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_holds_is_found_on_the_device(count: int) -> None:
     sampled = torch.tensor([7, 8, 9, 4, -2, 5, 6, 1, 1, 1, 1, 2], device=DEVICE)

@@ -84,6 +84,7 @@ def test_a_prefix_that_all_share_is_read_once(
     assert engine.stats().prefix_cache_hit_tokens >= 3 * 128
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("blocks,common", [
     ([[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]], 2),
     ([[1, 2, 3], [1, 9, 4], [1, 2, 6]], 1),

@@ -35,7 +35,7 @@ pytestmark = [
 PACKAGE = Path(engine.__file__).parent.parent
 
 
-@pytest.mark.daily(2)
+@pytest.mark.always
 @pytest.mark.parametrize("way", ["graphs", "eager", "paced", "tight"])
 def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
     model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
@@ -101,6 +101,7 @@ def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:
     assert 0 < len(found["gone"]) < 40
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
 def test_log_probabilities_are_sampled_on_the_host(
     settings: dict[str, Any], tmp_path: Path, replayed: list[Hashable]
@@ -145,7 +146,7 @@ FILTERED = {
 }
 
 
-@pytest.mark.daily(2)
+@pytest.mark.always
 @pytest.mark.parametrize("way", ["graphs", "paced"])
 def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
     """The tokens that the CPU's sampler chooses, one request at a time, from whole logits."""

@@ -119,6 +119,7 @@ def test_codes_that_no_kernel_reads_are_refused() -> None:
         compute.experts(CodedStack((gate_up, gate_up)), CodedStack((down,)), Gating(), 0)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("coded", ["gate_up", "down"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_linear_may_be_codes_and_the_other_numbers(coded: str, rows: int) -> None:
@@ -137,6 +138,7 @@ def test_one_linear_may_be_codes_and_the_other_numbers(coded: str, rows: int) ->
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(
     "kind,groups,dtype,way",
     [
@@ -161,6 +163,7 @@ def test_the_way_of_one_row_of_codes(
     assert taken == [way]
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("kind,more,sent,way", [
     ("bf16", {}, False, "row_ring"), ("bf16", {}, True, "one_row"), ("e2m1", {}, False, "row_ring"),
     ("e4m3", {"rows_unit": 128}, False, "row_ring"), ("e4m3", {"rows_unit": 128}, True, "codes_row"),

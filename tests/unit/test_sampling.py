@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.sampling import of_the_day, of_the_grid, sampled
+from tests.sampling import every_day, of_the_day, of_the_grid, sampled
 
 DAYS = [f"2026-01-{day:02}" for day in range(1, 31)]
 
@@ -145,3 +145,17 @@ def test_a_day_meets_every_family_size_and_way(on: Callable[[str], None]) -> Non
 
 def _names(cases: list[Any]) -> list[str]:
     return list(cases[0].callspec.params)
+
+
+def test_a_case_of_its_own_path_is_taken_every_day(on: Callable[[str], None]) -> None:
+    cases = cases_of(NAMES, SIZES, pytest.mark.daily(4))
+    for case in cases[:2]:
+        case.marks = [*case.marks, pytest.mark.always.mark]
+    others = set()
+    for day in DAYS[:4]:
+        on(day)
+        found = every_day(cases, of_the_day)
+        assert found[:2] == cases[:2] and len(found) < 20
+        others |= {*found[2:]}
+    assert others == {*cases[2:]}
+    assert every_day(cases[:2], of_the_day) == cases[:2]
