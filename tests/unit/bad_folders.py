@@ -97,6 +97,8 @@ def other_kinds(model: Path, folder: Path) -> None:
     make_checkpoint(folder / "awq", make_config(), extra=[tensor])
     capped = Path(shutil.copytree(model, folder / "capped"))
     (capped / "config.json").write_text(json.dumps(make_config(final_logit_softcapping=30.0)))
+    scaled = Path(shutil.copytree(model, folder / "scaled"))
+    (scaled / "config.json").write_text(json.dumps(make_config(layer_scale=0.1)))
     (folder / "lora").mkdir()
     (folder / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / "lora" / "adapter_model.safetensors").touch()

@@ -58,6 +58,7 @@ CASES = [
     Case("shard model --tp two", title="no number"),
     Case("shard narrow --tp 2", title="config.json of another model"),
     Case("shard capped --tp 2", title="a field of another architecture"),
+    Case("shard scaled --tp 2", title="a field that nothing knows"),
     Case("shard awq --tp 2", title="quantised weights that no config tells of"),
     Case("shard lora --tp 2", title="an adapter"),
     Case("shard wide --tp 2 --dtype float16", title="a value beyond the range of a cast"),

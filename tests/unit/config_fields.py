@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from tests.described import described
@@ -56,10 +57,21 @@ NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2", "glm4")
 """Families that refuse one."""
 
 
+@cache
+def own_field(family: str, key: str) -> bool:
+    """Whether the family's class in transformers has such a field."""
+    from transformers import CONFIG_MAPPING
+
+    return family not in CONFIG_MAPPING or hasattr(CONFIG_MAPPING[family](), key)
+
+
 def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
     raw = {**BASE, **deepcopy(ROPES[rope]), "model_type": family, "architectures": [FAMILIES[family].architecture]}
     if family in NO_WINDOW:
         del raw["sliding_window"]  # refused
+    for other in ("attention_bias", "attention_out_bias", "mlp_bias", "use_sliding_window"):
+        if not own_field(family, other):
+            del raw[other]  # refused
     if family == "gpt_oss":
         del raw[ORIGINAL]  # its default RoPE says another
     if family == "cohere2":

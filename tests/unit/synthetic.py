@@ -59,14 +59,17 @@ MIXTURE: dict[str, Any] = {
 }
 """Sizes that families with experts, or with other layers than attention, have beside those."""
 
+BIASES = ("attention_bias", "mlp_bias")
 
 RUN = sorted(name for name, family in FAMILIES.items() if family.runs)
 """The families that tpctl runs; those that it only cuts have configs and tests of their own."""
 
 
 def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
-    """A small ``config.json`` of ``family``."""
-    has = {key: value for key, value in MIXTURE.items() if FAMILIES[family].defaults.get(key)}
+    """A small ``config.json`` of ``family``, with ``changes``, but for biases that it cannot have."""
+    known = FAMILIES[family].defaults
+    has = {key: value for key, value in MIXTURE.items() if known.get(key)}
+    changes = {key: value for key, value in changes.items() if key in known or key not in BIASES}
     return {**BASE, **has, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
 
 

@@ -30,7 +30,8 @@ def test_biases_follow_the_family_and_the_config() -> None:
     assert [parse("qwen2").qkv_bias, parse("qwen2").o_bias, parse("qwen2").mlp_bias] == [True, False, False]
     both = parse("llama", attention_bias=True, mlp_bias=True)
     assert [both.qkv_bias, both.o_bias, both.mlp_bias] == [True, True, True]
-    assert not parse("mistral", attention_bias=True).qkv_bias
+    with pytest.raises(UnsupportedModelError, match="attention_bias is true, which tpctl does not know of MistralFor"):
+        ModelConfig.from_dict({**make_config("mistral"), "attention_bias": True})
     assert parse("qwen3", attention_bias=True).o_bias
 
 

@@ -2,7 +2,8 @@
 
 Every field means what the family's configuration class in transformers 5 makes of it, also where it is missing or null
 (``arch.fields``, ``arch.families``). Unknown architectures, activations and RoPE kinds are refused by name, and so are
-fields that would change a result and that the family does not have (``arch.foreign``).
+fields that would change a result and that the family does not have (``arch.foreign``) or nothing knows
+(``arch.unread``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tpctl.arch.formats.beside import FILE, told_beside
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.latent import Attending
 from tpctl.arch.quantised import Cutting, cut_by, quantised
+from tpctl.arch.unread import check_only, check_unread
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
@@ -103,6 +105,7 @@ class ModelConfig:
         if family.runs:
             foreign = {key: value for key, value in fields.values.items() if key not in family.own}
             check_fields(foreign, family.architecture, sizes.head_dim)
+        check_only(fields, family)
         blueprint = family.describe(fields, sizes)
         scheme = read_scheme(fields, Fields(beside or {}, file=FILE))
         if scheme is not None:
@@ -112,7 +115,7 @@ class ModelConfig:
         if cutting.engine is not None or not cutting.predicts:
             blueprint = blueprint.without_predictor()
         blueprint = cut_by(blueprint, cutting)
-        return cls(
+        found = cls(
             model_type=model_type,
             family=family,
             blueprint=blueprint,
@@ -123,6 +126,8 @@ class ModelConfig:
             cutting=cutting,
             scheme=scheme,
         )
+        check_unread(fields, family)
+        return found
 
 
 def _names(*, runs: bool) -> str:

@@ -68,6 +68,7 @@ class Family:
         describe: the blueprint of a config. It raises ``CheckpointError`` for a field that is wrong and
             ``UnsupportedModelError`` for one that asks for what the family does not have.
         own: fields that change a result, and that ``describe`` reads though most families do not have them.
+        only: fields that published files have and no class reads, and the values that tpctl knows of them.
         others: further class names that are the same model, as one that also sees.
         inner: the field that holds those of the text model, where there is more than one.
         texts: the families that such a text model may be of, by its own ``model_type``; none: this is the only one.
@@ -81,6 +82,7 @@ class Family:
     nullable: frozenset[str]
     describe: Callable[[Fields, Sizes], Blueprint]
     own: frozenset[str] = frozenset()
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     inner: str | None = None
     texts: Mapping[str, Family] = field(default_factory=dict)

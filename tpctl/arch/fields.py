@@ -24,18 +24,22 @@ class Fields:
         defaults: what missing fields are.
         nullable: fields whose ``null`` means "none"; that of others is refused as any other wrong value.
         file: what messages call the file.
+        read: the names that somebody has asked for so far.
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     nullable: Collection[str] = ()
     file: str = "config.json"
+    read: set[str] = field(default_factory=set, compare=False)
 
     def __contains__(self, key: str) -> bool:
+        self.read.add(key)
         return key in self.values
 
     def get(self, key: str) -> Any:
         """The field as it stands in the file, or its default."""
+        self.read.add(key)
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def either(self, key: str, other: str) -> str:
@@ -44,6 +48,7 @@ class Fields:
         Raises:
             CheckpointError: it has both, and they differ.
         """
+        self.read.update((key, other))
         if key in self.values and other in self.values and self.values[key] != self.values[other]:
             raise CheckpointError(
                 f"{self.file}: {key} is {shown(self.values[key])} and {other}, which is the same, is "
@@ -53,7 +58,7 @@ class Fields:
 
     def within(self, values: Mapping[str, Any], **defaults: Any) -> Fields:
         """The fields of an inner object of the same file."""
-        return replace(self, values=values, defaults=defaults, nullable=())
+        return replace(self, values=values, defaults=defaults, nullable=(), read=set())
 
     def whole(self, key: str, *, least: int = 1, most: int = MOST) -> int:
         """A whole number."""

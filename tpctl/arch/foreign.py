@@ -74,7 +74,7 @@ def check_fields(raw: Mapping[str, Any], architecture: str, head_dim: int) -> No
         UnsupportedModelError: there is one; the message names it.
     """
     for key, value in raw.items():
-        neutral = next((values for pattern, values in _FIELDS.items() if re.fullmatch(pattern, key)), None)
+        neutral = neutral_values(key)
         if neutral is None or _says_nothing(key, value, neutral, head_dim):
             continue
         kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, key)), None)
@@ -83,6 +83,11 @@ def check_fields(raw: Mapping[str, Any], architecture: str, head_dim: int) -> No
             f"config.json: {key} is {shown(value)}, which {architecture} does not have; {what}. "
             "Correct model_type, or remove the field if it has no meaning"
         )
+
+
+def neutral_values(key: str) -> tuple[Any, ...] | None:
+    """Values of a field of other families that change nothing; ``None``: this module knows no such field."""
+    return next((values for pattern, values in _FIELDS.items() if re.fullmatch(pattern, key)), None)
 
 
 def _says_nothing(key: str, value: Any, neutral: tuple[Any, ...], head_dim: int) -> bool:

@@ -61,5 +61,6 @@ FAMILY = Family(
     frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
     describe,
     own=frozenset({"logit_scale", "sliding_window_pattern"}),
+    only={"use_parallel_block": (True,), "use_gated_activation": (True,)},
     eps="layer_norm_eps",
 )

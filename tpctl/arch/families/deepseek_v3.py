@@ -5,8 +5,6 @@ Kimi K2 is the same: its ``config.json`` names the class and has a model_type of
 
 from __future__ import annotations
 
-from typing import Any
-
 from tpctl.arch import mixture
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
@@ -14,20 +12,11 @@ from tpctl.arch.fields import Fields
 from tpctl.arch.latent import LatentSizes, latent
 from tpctl.arch.rope import read_rope
 from tpctl.arch.windows import no_window
-from tpctl.errors import UnsupportedModelError, shown
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
-_ONLY: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-"""Fields that published configs have, and the one thing that they can say: transformers reads none of them."""
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    for key, value in _ONLY.items():
-        if fields.get(key) not in (None, value):
-            raise UnsupportedModelError(
-                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} knows {shown(value)} alone; "
-                "correct model_type, or remove the field if it has no meaning"
-            )
     of = LatentSizes(
         q_rank=fields.optional_whole("q_lora_rank"),
         kv_rank=fields.whole("kv_lora_rank"),
@@ -35,6 +24,8 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         rope=fields.whole("qk_rope_head_dim"),
         value=fields.whole("v_head_dim"),
     )
+    if "qk_head_dim" in fields and fields.get("qk_head_dim") != of.nope + of.rope:
+        raise fields.wrong("qk_head_dim", f"{of.nope + of.rope}, which qk_nope_head_dim and qk_rope_head_dim give,")
     rope = read_rope(fields, ARCHITECTURE, of.rope, interleaved=fields.flag("rope_interleave"))
     no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
     attention = latent(sizes.hidden_size, sizes.num_heads, of, rope, bias=fields.flag("attention_bias"))
@@ -81,4 +72,5 @@ FAMILY = Family(
             *("q_lora_rank", "kv_lora_rank"),
         }
     ),
+    only={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
 )

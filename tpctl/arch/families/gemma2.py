@@ -20,6 +20,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         key = "use_bidirectional_attention"
         raise UnsupportedModelError(f"config.json: {key} is {shown(fields.get(key))}, which is not supported")
     kinds = layer_kinds(fields, sizes.num_layers) or full_every(2, sizes.num_layers)
+    fields.either("sliding_window", "sliding_window_size")  # in some files, where it must say the same
     windows = mixed_windows(fields, kinds)
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
     scale = fields.number("query_pre_attn_scalar", least=1e-3, most=1e6) ** -0.5

@@ -35,9 +35,10 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope, bias = _rope(fields, sizes), fields.flag("attention_bias")
     kinds = layer_kinds(fields, sizes.num_layers) or full_every(2, sizes.num_layers)
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
+    per_token = fields.whole(fields.either("num_experts_per_tok", "experts_per_token"), most=count)
     parts.read_activation(fields)  # which it names, and does not have
     alpha, limit = (fields.number(f"swiglu_{name}", least=1e-3, most=1e3) for name in ("alpha", "limit"))
-    experts = _experts(sizes, count, fields.whole("num_experts_per_tok", most=count), Clamped(alpha, limit))
+    experts = _experts(sizes, count, per_token, Clamped(alpha, limit))
     attentions = (
         parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, sinks=True)
         for window in mixed_windows(fields, kinds)

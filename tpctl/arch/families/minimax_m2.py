@@ -12,20 +12,12 @@ from tpctl.arch.fields import Fields
 from tpctl.arch.rope import RopeConfig, read_rope
 from tpctl.arch.routing import Routing
 from tpctl.arch.windows import no_window
-from tpctl.errors import CheckpointError, UnsupportedModelError, shown
+from tpctl.errors import CheckpointError, shown
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
-_KNOWN = {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True}
-"""Fields of published files, which the configuration class does not read."""
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    for key, known in _KNOWN.items():
-        if fields.get(key) not in (known, None):
-            raise UnsupportedModelError(
-                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} knows {shown(known)} alone; "
-                "correct model_type, or remove the field if it has no meaning"
-            )
     parts.read_activation(fields)
     rope = _rope(fields, sizes)
     windows = no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
@@ -81,4 +73,13 @@ FAMILY = Family(
     frozenset({"rotary_dim", "partial_rotary_factor", "sliding_window"}),
     describe,
     mixture.OWN | {"use_qk_norm"},
+    only={
+        "use_qk_norm": (True,),
+        "qk_norm_type": ("per_layer",),
+        "scoring_func": ("sigmoid",),
+        "use_routing_bias": (True,),
+        "attn_type_list": (1,),
+        "swa_rope_theta": (-1.0,),
+        "shared_moe_mode": ("sigmoid",),
+    },
 )
