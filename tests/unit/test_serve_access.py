@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -13,8 +15,12 @@ from tests.unit.fake_engine import FakeEngine
 from tests.unit.running import BODY, running, talkative, until
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, TEXT, chat
+from tpctl.cli import serve as cli
+from tpctl.cli.serve import ServerOptions
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve.access import line
+from tpctl.serve.run import ServeSettings
+from tpctl.wire.settings import EngineConfig
 
 LINE = re.compile(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\S+) - "([A-Z]+ \S+ HTTP/1\.[01])" (\d{3}) \d+\.\d{3}s(.*)')
 
@@ -82,3 +88,34 @@ def test_a_line_is_one_whatever_was_asked_for(client: Any, said: str) -> None:
     scope = {"client": client, "method": "GET", "http_version": "1.1", "query_string": b""}
     found = line({**scope, "raw_path": b"/\x1b[2J\n" + b"a" * 10_000}, 404, 0.0, None)
     assert f' {said} - "GET /\\x1b[2J\\n' in found and len(found) < 700 and found.isprintable()
+
+
+def test_the_command_s_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpctl.client.conversation.recommended_sampling", lambda *_: {"temperature": 0.5})
+    given = ServerOptions(
+        api_key=["k"],
+        allowed_origin=["http://A.example"],
+        served_model_name=["one", "two"],
+        max_waiting=3,
+        max_body="1MiB",
+        max_memory="1GiB",
+        drain=2.0,
+        access_log=True,
+        stream_interval=4,
+    )
+    sampling, at_hand = SimpleNamespace(given=dict), SimpleNamespace(shown=None)
+    rest: Any = (sampling, EngineConfig(Path("model"), 1), at_hand)
+    found = cli._settings("model", given, cli._checked(given), *rest)
+    assert found == ServeSettings(
+        ("one", "two"),
+        {"temperature": 0.5},
+        ("k",),
+        max_body=1 << 20,
+        max_waiting=3,
+        drain=2.0,
+        interval=4,
+        max_memory=1 << 30,
+        origins=("http://a.example",),
+        access_log=True,
+    )
+    assert not cli._settings("model", ServerOptions(), cli._checked(ServerOptions()), *rest).access_log
