@@ -104,6 +104,40 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert not left, f"a circle among {sorted(left)}"
 
 
+def circle(arrows: set[tuple[str, str]]) -> set[str]:
+    """The nodes that reach themselves, and those that lead only to such."""
+    left = {start: {end for one, end in arrows if one == start} for start, _ in arrows}
+    while free := [name for name, ends in left.items() if not ends & left.keys()]:
+        for name in free:
+            del left[name]
+    return {*left}
+
+
+def beside(modules: set[tuple[str, str]], package: str) -> set[tuple[str, str]]:
+    """What imports what in ``package``, of what lies directly in it: a file, or a folder as one."""
+
+    def part(name: str) -> str:
+        return name.removeprefix(f"{package}.").partition(".")[0]
+
+    inner = {(one, other) for one, other in modules if within(one, package) and within(other, package)}
+    named = {(part(one), part(other)) for one, other in inner if package not in (one, other)}
+    return {(one, other) for one, other in named if one != other}
+
+
+def test_no_folder_imports_itself_by_way_of_what_lies_beside_it() -> None:
+    """A folder that knows files beside it, which know it, would hide arrows that run back up: they share a room."""
+    arrows = set()
+    for name, tree in modules():
+        for target in imported(tree):
+            inner = target.removeprefix("tpctl.")
+            if inner != target:
+                arrows.add((name, inner if inner in FILES else inner.rpartition(".")[0]))
+    assert circle(beside({("a.b", "a.c.d"), ("a.c.e", "a.b")}, "a")) == {"b", "c"}
+    packages = {name.rpartition(".")[0] for name in FILES}
+    assert len(packages) > 30
+    assert {name: sorted(found) for name in packages if (found := circle(beside(arrows, name)))} == {}
+
+
 def test_every_folder_is_a_room() -> None:
     """A new package must find its place in the table. ``kernels`` is only a shelf; some share their parent's row."""
     folders = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.rglob("__init__.py")} - {""}

@@ -16,8 +16,8 @@ from tests.unit.tool_answers import USER, model
 from tests.unit.tool_models import MODELS
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tool_grammar import formed, grammar
 from tpctl.client.tools.asked import Tools, ToolsError, read_tools, with_tools
-from tpctl.client.tools.enforced import formed, grammar
 from tpctl.client.tools.lark import named
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.errors import RequestError

@@ -13,8 +13,8 @@ from tests.unit.tool_answers import USER, model
 from tests.unit.tool_models import MODELS
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tool_stream import check_tools
 from tpctl.client.tools.asked import Tools, ToolsError, read_tools, with_tools
-from tpctl.client.tools.stream import check_tools
 from tpctl.errors import RequestError
 from tpctl.wire.messages import Output
 

@@ -25,9 +25,9 @@ from tpctl.client.guides import called
 from tpctl.client.router import check_length
 from tpctl.client.token_ids import begins_with_id, check_ids
 from tpctl.client.tokenizer import Tokenizer, check_text
+from tpctl.client.tool_grammar import formed
+from tpctl.client.tool_stream import check_tools
 from tpctl.client.tools.asked import Tools, with_tools
-from tpctl.client.tools.enforced import formed
-from tpctl.client.tools.stream import check_tools
 from tpctl.errors import SourceError, TpctlError, shown
 from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.guide import NAMES as GUIDES

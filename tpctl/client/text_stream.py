@@ -8,9 +8,9 @@ from functools import lru_cache
 from tpctl.client.reasoning import Form
 from tpctl.client.reasoning_stream import Segment, Whole, splitter
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tool_stream import call_splitter
 from tpctl.client.tools.asked import Tools
 from tpctl.client.tools.calls import CallPiece, Calls, ToolCall
-from tpctl.client.tools.stream import call_splitter
 from tpctl.client.turns import Part, Turn, parts
 from tpctl.wire.messages import Output
 from tpctl.wire.report import TokenLogprob

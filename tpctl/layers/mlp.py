@@ -11,6 +11,7 @@ from tpctl.distributed import TPGroup
 from tpctl.layers.linear import GatedParallelLinear, RowParallelLinear
 from tpctl.layers.module import Layer
 from tpctl.layers.stream import Rows
+from tpctl.layers.weights.dense import DenseWeight
 
 
 class MLP(Layer):
@@ -35,3 +36,11 @@ class MLP(Layer):
     def local(self, rows: Rows) -> Tensor:
         """This rank's partial sum of normed [T, H]."""
         return self.down_proj.local(self(rows))
+
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """Gate and up, [2I, H], and down, [H, I], where nothing but SiLU is between these numbers."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        weights = [linear.matrix.weight for linear in (gate_up, down) if isinstance(linear.matrix, DenseWeight)]
+        if len(weights) < 2 or gate_up.bias is not None or down.bias is not None or gate_up.activation != "silu":
+            return None
+        return weights[0], weights[1]

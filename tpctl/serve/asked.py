@@ -19,9 +19,9 @@ from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_ids import begins_with_id, check_ids
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tool_grammar import formed
+from tpctl.client.tool_stream import check_tools
 from tpctl.client.tools.asked import Tools, with_tools
-from tpctl.client.tools.enforced import formed
-from tpctl.client.tools.stream import check_tools
 from tpctl.errors import RequestError, TooLongError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job

@@ -15,7 +15,6 @@ from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.experts.routing_reference import route
 from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
-from tpctl.layers.mlp import MLP
 from tpctl.layers.norm import rms_norm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.codes import joined
@@ -119,6 +118,16 @@ class Scaled:
         return rms_norm(x.float(), None, self.eps).mul_(self.scale.float()).mul_(x.shape[-1] ** -0.5)
 
 
+class SharedMLP(Protocol):
+    """The gated MLP that every token takes beside its experts (``layers.mlp``)."""
+
+    def local(self, rows: Rows) -> Tensor:
+        """This rank's partial sum of normed [T, H]."""
+
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """Gate and up, [2I, H], and down, [H, I], where nothing but SiLU is between these numbers."""
+
+
 @dataclass(frozen=True)
 class MixtureParts:
     """What is around the experts of a mixture.
@@ -138,7 +147,7 @@ class MixtureParts:
     gate: Tensor
     bias: Tensor | None
     correction: Tensor | None
-    shared: MLP | None
+    shared: SharedMLP | None
     shared_gate: Tensor | None
     scaled: Scaled | None = None
     factors: Tensor | None = None

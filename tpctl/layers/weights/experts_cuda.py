@@ -29,7 +29,6 @@ from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
 from tpctl.kernels.experts.row_ring import RingConfigs, pick_row_ring, row_ring
 from tpctl.layers.stream import Rows
-from tpctl.layers.weights.dense import DenseWeight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
 from tpctl.layers.weights.kernels import GpuFacts, StepState, fused, normed
 
@@ -217,11 +216,5 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _plain(parts: MixtureParts) -> SharedMatrices | None:
     """The shared MLP's weights, where the kernel for one row takes them."""
-    shared = parts.shared
-    if shared is None:
-        return None
-    gate_up, down = shared.gate_up_proj, shared.down_proj
-    weights = [linear.matrix.weight for linear in (gate_up, down) if isinstance(linear.matrix, DenseWeight)]
-    if len(weights) < 2 or gate_up.bias is not None or down.bias is not None or gate_up.activation != "silu":
-        return None
-    return SharedMatrices(*weights)
+    weights = None if parts.shared is None else parts.shared.plain()
+    return None if weights is None else SharedMatrices(*weights)
