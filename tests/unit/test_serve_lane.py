@@ -119,7 +119,7 @@ def test_an_engine_that_is_never_waited_for_keeps_nothing_from_being_told(tokeni
 
         reading = asyncio.create_task(generation.next(taken))
         await until(lambda: len(engine.open) == 1)
-        engine.router.deliver([Output(*engine.open, tokenizer.encode("a"))])
+        engine.router.deliver([Output(next(iter(engine.open)), tokenizer.encode("a"))])
         await until(lambda: len(one.streams[0].token_ids) == 4)
         reading.cancel()
         await pool.close()
