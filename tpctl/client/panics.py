@@ -6,14 +6,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from tpctl.errors import TpctlError, shorten
 
 Result = TypeVar("Result")
 _STDERR = 2
-_lock = threading.Lock()
 
 
 def guarded(work: Callable[[], Result], otherwise: Callable[[str], TpctlError], *, quiet: bool = True) -> Result:
@@ -33,6 +32,36 @@ def guarded(work: Callable[[], Result], otherwise: Callable[[str], TpctlError], 
         raise otherwise(shorten(" ".join(str(error).split()) or type(error).__name__, 200)) from None
 
 
+class _Nowhere:
+    """The system's stderr, sent nowhere while anybody wants it to be: threads do so at the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._kept = -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._wanted:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                try:
+                    self._kept = os.dup(_STDERR)
+                    os.dup2(nowhere, _STDERR, inheritable=True)
+                finally:
+                    os.close(nowhere)
+            self._wanted += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                os.dup2(self._kept, _STDERR, inheritable=True)
+                os.close(self._kept)
+
+
+_nowhere = _Nowhere()
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Drop what goes to the system's stderr; only if Python's own, which other threads use, is another file."""
@@ -40,16 +69,5 @@ def _nothing_on_stderr() -> Iterator[None]:
         apart = sys.stderr is not None and sys.stderr.fileno() != _STDERR
     except (OSError, ValueError, AttributeError):
         apart = False  # a stand-in, behind which may be the system's
-    if not apart:
+    with _nowhere if apart else nullcontext():
         yield
-        return
-    with _lock:
-        kept = os.dup(_STDERR)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, _STDERR, inheritable=True)
-            yield
-        finally:
-            os.dup2(kept, _STDERR, inheritable=True)
-            os.close(kept)
-            os.close(nowhere)
