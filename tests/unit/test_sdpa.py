@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unit.attention_cases import BLOCK, CASES, SINKS, written_out
+from tpctl.arch.rope import RopeConfig
 from tpctl.layers.attention import sdpa_prompts
-from tpctl.layers.attention.base import AttentionSpec
+from tpctl.layers.attention.base import AttentionPlan, AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.batch import ForwardBatch, PoolTables
+from tpctl.layers.rotary import RotaryTable
 
 
 def attend(lengths: list[tuple[int, int]], heads: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,3 +110,14 @@ def test_the_scores_held_at_once_stay_bounded_when_the_context_grows(monkeypatch
     heads = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=4, scale=0.5)
     attend([(200, 300)] * 3, heads, torch.float32)
     assert 0 < widest <= 20_000
+
+
+def test_a_tables_angles_are_never_anothers() -> None:
+    """Also where one is made at the address of another that is gone."""
+    batch: Any = SimpleNamespace(rope_positions=torch.arange(4))
+    plan = AttentionPlan(batch)
+    for theta in range(2, 40):
+        config = RopeConfig("default", float(theta), 8, 16, 16)
+        found = plan.angles(RotaryTable(config, 16, "cpu"), torch.float32)
+        assert found is not None
+        torch.testing.assert_close(found, RotaryTable(config, 16, "cpu").angles(batch.rope_positions, torch.float32))

@@ -26,6 +26,7 @@ from tpctl.distributed import TPGroup
 from tpctl.layers.linear import NumbersLinear, ReplicatedLinear, declare, emptied
 from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
+from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import WeightMaker
 from tpctl.layers.weights.experts import CodedStack, DenseStack, ExpertWeights, Gating, MixtureParts, Scaled, Stack
@@ -155,3 +156,29 @@ class ExpertMaker(WeightMaker, Protocol):
     def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
         """Of those from number ``first`` on."""
         ...
+
+
+class BesideMLP:
+    """Experts beside the dense ``mlp``, whose sums over the ranks are normed one by one; one all-reduce serves both."""
+
+    def __init__(
+        self,
+        made_of: block.BesideMLP,
+        mlp: MLP,
+        hold: Hold,
+        group: TPGroup,
+        layer: nn.Module,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._group, self._mlp = group, mlp
+        self._experts = Mixture(made_of.experts, hold, group, layer, dtype)
+        norms = (made_of.after_mlp, made_of.before, made_of.after)
+        self._after_mlp, self._before, self._after = (RMSNorm.of(one, dtype) for one in norms)
+        for one, norm in zip(norms, (self._after_mlp, self._before, self._after), strict=True):
+            attach(layer, one.name, norm)
+
+    def __call__(self, read: Rows, residual: Tensor) -> Tensor:
+        """[T, H], the whole sum: of what the MLP reads, and of the residual [T, H]."""
+        own = self._mlp.local(read), self._experts.local(Rows(residual, self._before))
+        mlp, experts = self._group.all_reduce(torch.stack(own))
+        return self._after_mlp(mlp) + self._after(experts)  # type: ignore[no-any-return]

@@ -33,8 +33,8 @@ from tpctl.layers.compute import Compute
 from tpctl.layers.delta_net.layer import DeltaNet
 from tpctl.layers.delta_net.state import LayerState
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpctl.layers.experts import Mixture, Stacks
-from tpctl.layers.gemma4 import BesideMLP, LayerInput, LayerInputs
+from tpctl.layers.experts import BesideMLP, Mixture, Stacks
+from tpctl.layers.layer_inputs import LayerInput, LayerInputs
 from tpctl.layers.linear import ReplicatedLinear
 from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach

@@ -12,8 +12,6 @@ from tpctl.arch.held import Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation, RanksSums
-from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.linear import QKVParallelLinear, RowParallelLinear
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
@@ -74,7 +72,6 @@ class Attention(Layer):
         """Normed [T, H] -> [T, N * D], what ``o_proj`` takes."""
         qkv = self._read[0].runs(*rows)
         if self.prepare.held == "q":
-            assert isinstance(self.backend, SdpaBackend | PagedBackend)
             return self.backend.run_again(qkv, self.prepare, kv, plan)
         return self.backend.run(qkv, self.prepare, kv, plan, self.sinks)
 

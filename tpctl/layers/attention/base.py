@@ -97,15 +97,15 @@ class AttentionPlan:
     """A step, with what its layers share. Backends add what they prepare once a step."""
 
     batch: ForwardBatch
-    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _angles: dict[RotaryTable, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def angles(self, rotary: RotaryTable | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The rotary factors of the step's tokens, looked up by the first layer of those that share a table."""
         if rotary is None:
             return None
-        found = self._angles.get(id(rotary))
+        found = self._angles.get(rotary)
         if found is None:
-            found = self._angles[id(rotary)] = rotary.angles(self.batch.rope_positions, dtype)
+            found = self._angles[rotary] = rotary.angles(self.batch.rope_positions, dtype)
         return found
 
     def grown(self, q_TND: Tensor, rotary: RotaryTable | None) -> Tensor:
@@ -178,6 +178,11 @@ class AttentionBackend(ABC, Generic[PlanT]):
         self.store(k_TKD, v_TKD, kv, plan)
         found = self.attend(plan.grown(q_TND, prepare.rotary), k_TKD, v_TKD, kv, plan, sinks_N)
         return found if gates is None else found * gates.sigmoid()
+
+    @abstractmethod
+    def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
+        """[T, N * D]: attention of queries [T, N * D] to the keys and values that an earlier layer has stored in this
+        step and before, in ``kv``."""
 
     @abstractmethod
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:

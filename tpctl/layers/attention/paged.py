@@ -134,7 +134,6 @@ class PagedBackend(AttentionBackend[PlanT]):
         return head_gates(found, qkv, kv.spec.head_dim, pdl=pdl) if prepare.gated else found
 
     def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
-        """[T, N * D]: attention of queries [T, N * D] to what an earlier layer has stored, in ``kv``."""
         return self.run(q, prepare, kv, plan)
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:

@@ -134,8 +134,6 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             plan.shared[kv.layer] = plan.new
 
     def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: AttentionPlan) -> Tensor:
-        """[T, N * D]: attention of queries [T, N * D] to the keys and values that an earlier layer has stored in this
-        step and before, in ``kv``."""
         assert isinstance(kv, PagedKV) and isinstance(plan, SdpaPlan)
         q_TND = prepare.queries(q, kv.spec.num_heads, plan.angles(prepare.rotary, q.dtype))
         plan.new, plan.again = plan.shared[kv.layer], True

@@ -1,6 +1,6 @@
-"""What Gemma 4's layers have beside attention and an MLP: experts next to the MLP, and embeddings of their own.
+"""Embeddings that each layer has of its own, and adds at its end (Gemma 4).
 
-A token's embeddings for all layers are looked up once a step:
+A token's for all layers are looked up once a step:
 
     table[token] ─ ranks' sum ─ · root of P ─────────────(+)─ / root of 2 ── [T, layers, P], a row for each layer
     x ── projection ── / root of H ── norm of each layer ─┘
@@ -23,38 +23,9 @@ from tpctl.arch.held import Hold
 from tpctl.arch.linear import Linear, Norm
 from tpctl.distributed import TPGroup
 from tpctl.layers.embedding import VocabParallelEmbedding
-from tpctl.layers.experts import Mixture
 from tpctl.layers.linear import ReplicatedLinear
-from tpctl.layers.mlp import MLP
 from tpctl.layers.module import attach
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.stream import Rows
-
-
-class BesideMLP:
-    """Experts beside the dense ``mlp``, whose sums over the ranks are normed one by one; one all-reduce serves both."""
-
-    def __init__(
-        self,
-        made_of: block.BesideMLP,
-        mlp: MLP,
-        hold: Hold,
-        group: TPGroup,
-        layer: nn.Module,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._group, self._mlp = group, mlp
-        self._experts = Mixture(made_of.experts, hold, group, layer, dtype)
-        norms = (made_of.after_mlp, made_of.before, made_of.after)
-        self._after_mlp, self._before, self._after = (RMSNorm.of(one, dtype) for one in norms)
-        for one, norm in zip(norms, (self._after_mlp, self._before, self._after), strict=True):
-            attach(layer, one.name, norm)
-
-    def __call__(self, read: Rows, residual: Tensor) -> Tensor:
-        """[T, H], the whole sum: of what the MLP reads, and of the residual [T, H]."""
-        own = self._mlp.local(read), self._experts.local(Rows(residual, self._before))
-        mlp, experts = self._group.all_reduce(torch.stack(own))
-        return self._after_mlp(mlp) + self._after(experts)  # type: ignore[no-any-return]
 
 
 class LayerInput:
