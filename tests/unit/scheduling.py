@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.limits import Limits
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, Sequence
@@ -136,11 +137,13 @@ def make(
     longest = blocks.layout.longest(num_blocks)
     return Scheduler(
         blocks,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=length if longest is None else min(length, longest),
-        vocab_size=1000,
-        eos_token_ids=[7],
+        Limits(
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=length if longest is None else min(length, longest),
+            vocab_size=1000,
+            eos_token_ids=frozenset({7}),
+        ),
         states=StatePool(states, blocks, apart=apart) if states else None,
         speculation=speculation,
     )
@@ -180,8 +183,8 @@ def drive(
             scheduler.abort(aborts[step])
         batch = scheduler.schedule()
         if batch is not None:
-            assert batch.num_tokens <= scheduler.max_num_batched_tokens
-            assert len(scheduler.running) <= scheduler.max_num_seqs
+            assert batch.num_tokens <= scheduler.limits.max_num_batched_tokens
+            assert len(scheduler.running) <= scheduler.limits.max_num_seqs
             assert all(item.is_decode == (row < batch.num_decodes) for row, item in enumerate(batch.items))
             sampled = cache.run(batch, known)
             assert len(sampled) == batch.num_sampled
@@ -233,9 +236,10 @@ def drive_at_random(
     """Requests of any kind, some beginning alike, some aborted or broken, have the answers that each has alone."""
     prefix = [rng.randrange(3, 9) for _ in range(9)]
     requests = []
+    longest = scheduler.limits.max_model_len
     for index in range(12):
         shared = prefix[: rng.choice([0, 0, 4, 9])]
-        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
+        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: longest - 1]
         if broken and rng.random() < 0.3:
             prompt[rng.randrange(len(prompt))] = BROKEN
         params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
@@ -243,7 +247,7 @@ def drive_at_random(
     aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
     found = drive(scheduler, requests, overlap, aborts, rng if late else None)
     for request in requests:
-        expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
+        expected = alone(request.token_ids, request.sampling, scheduler.limits.max_model_len)
         if BROKEN in request.token_ids:
             expected = []
         if request.id in aborts.values():

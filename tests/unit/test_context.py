@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_no_answer_ends_before_min_tokens(shards: Path) -> None:
         assert not set(stops) & set(tokens[:least])
         assert (last.finish_reason == "stop") == (tokens[-1] in stops and len(tokens) > least)
     # The model's own end of an answer counts too.
-    engine.scheduler.eos_token_ids = frozenset(stops)
+    engine.scheduler.limits = replace(engine.scheduler.limits, eos_token_ids=frozenset(stops))
     tokens, _ = answer(engine, max_tokens=12, min_tokens=12)
     assert len(tokens) == 12
     assert not set(stops) & set(tokens)

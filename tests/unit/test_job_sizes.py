@@ -19,9 +19,9 @@ PAGE = ROOT / "docs" / "architecture.md"
 JOBS = {
     "scheduler": (
         "92",
-        "{engine/scheduling/scheduler.py}; drafts {engine/scheduling/drafting.py}, what it refuses "
-        "{engine/scheduling/refusal.py}, pace {engine/scheduling/pacing.py}, speculation "
-        "{engine/scheduling/speculation.py}",
+        "{engine/scheduling/scheduler.py}; a step's room {engine/scheduling/step.py}, limits "
+        "{engine/scheduling/limits.py}, drafts {engine/scheduling/drafting.py}, pace "
+        "{engine/scheduling/pacing.py}, speculation {engine/scheduling/speculation.py}",
     ),
     "block manager": (
         "120",

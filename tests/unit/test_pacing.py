@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.limits import Limits
 from tpctl.engine.scheduling.pacing import Pace, leeway, pays, prefill_budget
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.scheduling.scheduler import Scheduler
@@ -52,11 +54,13 @@ def test_budget(decodes: int, work: int, horizon: int, pending: list[tuple[int, 
 def make(pace: Pace | None, blocks: int = 4000) -> Scheduler:
     return Scheduler(
         BlockManager(blocks, 4),
-        max_num_seqs=64,
-        max_num_batched_tokens=1024,
-        max_model_len=1000,
-        vocab_size=100,
-        eos_token_ids=[EOS],
+        Limits(
+            max_num_seqs=64,
+            max_num_batched_tokens=1024,
+            max_model_len=1000,
+            vocab_size=100,
+            eos_token_ids=frozenset({EOS}),
+        ),
         pace=pace,
     )
 
@@ -109,7 +113,7 @@ def test_a_job_ends_as_soon_in_steps_of_few_rows(count: int, largest: int, besid
 def test_equal_answers_end_together(count: int, prompt: int, answer: int) -> None:
     """All have to start at once, whatever their number: what is put off from step to step must not add up."""
     scheduler = make(PACE)
-    scheduler.max_num_seqs = count
+    scheduler.limits = replace(scheduler.limits, max_num_seqs=count)
     for i in range(count):
         assert scheduler.add(request(i, prompt, answer)) is None
     # A prompt of the last steps before the end is part of a step of its own at worst.

@@ -57,7 +57,7 @@ def test_a_chunk_keeps_what_its_first_token_sees() -> None:
 def test_chunks_are_as_small_as_there_is_room() -> None:
     """64 tokens in sight of all take 16 blocks, in four slabs; three more are what a window needs at least."""
     scheduler = make(7, budget=100, layout=MIXED)
-    assert scheduler.max_model_len == 64
+    assert scheduler.limits.max_model_len == 64
     prompt = [number % 50 + 3 for number in range(60)]
     drive(scheduler, [Request("a", prompt, SamplingParams(max_tokens=9, ignore_eos=True))], True, {})
     assert scheduler.stats.preemptions == 0 and scheduler.stats.computed_tokens == 63
@@ -68,7 +68,7 @@ def test_chunks_are_as_small_as_there_is_room() -> None:
 def test_memory_goes_from_one_pool_to_another() -> None:
     """Twelve slabs hold six sequences of a block, and one of 145 tokens, and then the six again."""
     scheduler = make(12, budget=40, length=1000, layout=MIXED)
-    assert scheduler.max_model_len == 5 * 9 * 4
+    assert scheduler.limits.max_model_len == 5 * 9 * 4
     for turn in range(3):
         short = [Request(f"{turn} {n}", [5 + 6 * turn + n] * 3, SamplingParams(max_tokens=1)) for n in range(6)]
         drive(scheduler, short, False, {})
@@ -130,7 +130,7 @@ def test_a_sequence_alone_that_finds_itself_too_widely_spread_is_computed_anew()
     """One block of each of many slabs is its own, which leaves none for its windows."""
     layout = KvLayout(4, (None, 9), (5, 1))
     scheduler = make(10, budget=100, length=1000, layout=layout)
-    longest = scheduler.max_model_len
+    longest = scheduler.limits.max_model_len
     assert longest == 5 * 7 * 4
     blocks, whole = scheduler.blocks, scheduler.blocks.pools[0]
     prompt = [number % 40 + 3 for number in range(longest - 12)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -199,7 +200,7 @@ def test_stop_tokens_that_the_model_does_not_know_are_refused(token: int) -> Non
 def test_an_answer_that_the_context_cuts_says_so() -> None:
     for max_tokens, note in ((55, "full"), (54, None), (1000, "full")):
         scheduler = make(num_blocks=40)
-        scheduler.context_full = "full"
+        scheduler.limits = replace(scheduler.limits, context_full="full")
         scheduler.add(Request("x", [5] * 10, SamplingParams(max_tokens=max_tokens, ignore_eos=True)))
         while scheduler.has_work:
             batch = scheduler.schedule()

@@ -17,6 +17,7 @@ from tpctl.engine.launch_time import LaunchTime
 from tpctl.engine.runners.plain import make_plain_runner
 from tpctl.engine.runners.runner import Launched, ModelRunner
 from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.limits import Limits
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.speculation import NgramDrafter, Speculation
 from tpctl.engine.scheduling.states import StatePool
@@ -57,13 +58,15 @@ class Engine:
         )
         self.scheduler = Scheduler(
             blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=memory.max_model_len,
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
+            Limits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=memory.max_model_len,
+                vocab_size=model.vocab_size,
+                eos_token_ids=frozenset(model.eos_token_ids),
+                context_full=memory.context_full,
+            ),
             rope_offset=self.runner.rope_offset,
-            context_full=memory.context_full,
             pace=self.runner.pace,
             states=self._states(blocks),
             speculation=self.speculation,

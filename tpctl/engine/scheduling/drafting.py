@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceType
 
 from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.limits import Limits
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.scheduling.speculation import Speculation
@@ -19,7 +20,6 @@ class Drafting:
     """Of one scheduler, whose sequences that run and that wait these are.
 
     Args:
-        max_num_seqs, max_num_batched_tokens: of a step.
         rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
     """
 
@@ -30,18 +30,16 @@ class Drafting:
         states: StatePool | None,
         running: Mapping[str, Sequence],
         waiting: SequenceType[Sequence],
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        limits: Limits,
         rope_offset: Callable[[int], int],
     ) -> None:
         self.speculation = speculation
         self.rope_offset = rope_offset
         self._blocks, self._states = blocks, states
         self._running, self._waiting = running, waiting
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
         rows = speculation.most_rows
-        self._most = max_num_batched_tokens if rows is None else min(rows, max_num_batched_tokens)
+        self._most = tokens if rows is None else min(rows, tokens)
 
     def most(self, requests: int) -> int:
         """How many tokens of a step may be proposed, so that each sequence that may run has its own."""

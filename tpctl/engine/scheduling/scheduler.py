@@ -25,16 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
 from tpctl.engine.scheduling.drafting import Drafting
+from tpctl.engine.scheduling.limits import Limits
 from tpctl.engine.scheduling.pacing import Pace, Pacer
-from tpctl.engine.scheduling.refusal import refusal
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import LATE, NOT_FINITE, REFUSED, Sequence
 from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
+from tpctl.engine.scheduling.step import Step
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.scoring import TokenScore
@@ -53,31 +54,10 @@ class SchedulerStats:
     paced_steps: int = 0
 
 
-@dataclass
-class _Step:
-    """What a step has left (tokens in all and of prompts, parts of prompts, drafts) and has chosen so far."""
-
-    budget: int
-    prefill: int
-    chunks: int
-    drafts: int
-    items: list[ScheduledSequence] = field(default_factory=list)
-    chosen: set[str] = field(default_factory=set)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether part of a prompt can be added."""
-        return self.budget > 0 and self.prefill > 0 and self.chunks > 0
-
-
 class Scheduler:
     """Policy over a block manager.
 
     Args:
-        max_model_len: tokens of prompt and answer at most; a sequence that reaches it ends with "length".
-        context_full: what is said of an answer that may have been longer but for ``max_model_len``.
-        vocab_size: token ids from this on are refused: no embedding row belongs to them.
-        eos_token_ids: tokens that end an answer.
         rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
         states: of a model with recurrent layers; a sequence runs with a slot of its own.
         pace: spread prompts over the steps where that ends all requests sooner (``engine.scheduling.pacing``).
@@ -88,27 +68,17 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
+        limits: Limits,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        vocab_size: int,
-        eos_token_ids: SequenceType[int] = (),
         rope_offset: Callable[[int], int] = lambda num_tokens: 0,
-        context_full: str | None = None,
         pace: Pace | None = None,
         states: StatePool | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.states = states
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.limits = limits
         self.rope_offset = rope_offset
-        self.context_full = context_full
         self.pacer = None if pace is None else Pacer(pace, blocks.room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
@@ -121,9 +91,8 @@ class Scheduler:
                 states,
                 self.running,
                 self.waiting,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                rope_offset=rope_offset,
+                limits,
+                rope_offset,
             )
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
@@ -136,23 +105,19 @@ class Scheduler:
 
     def add(self, request: Request) -> Output | None:
         """Queue a request; an ``Output`` with "error" if it cannot be served."""
-        length = len(request.token_ids)
-        message = refusal(request, self.max_model_len, self.vocab_size)
+        message = self.limits.refusal(request)
         if message is None and request.id in self._by_id:
             message = f"request id {request.id!r} is already in use"
         if message is not None:
             return Output(request.id, [], "error", message)
-        longest = min(length + request.sampling.max_tokens, self.max_model_len)
-        sequence = Sequence(request.id, request.token_ids, request.sampling, longest, request.scoring)
-        if not request.sampling.ignore_eos:
-            sequence.stop_token_ids |= self.eos_token_ids
+        sequence = self.limits.sequence(request)
         sequence.arrival = self._arrivals
         self._arrivals += 1
         if self.pacer is not None:
-            self.pacer.arrived(self.stats.steps, longest - length)
+            self.pacer.arrived(self.stats.steps, sequence.max_num_tokens - sequence.num_prompt_tokens)
         self._by_id[request.id] = sequence
         self.waiting.append(sequence)
-        self.stats.prompt_tokens += length
+        self.stats.prompt_tokens += sequence.num_prompt_tokens
         return None
 
     def abort(self, id: str) -> Output | None:
@@ -177,14 +142,14 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
-        budget = self.max_num_batched_tokens
+        budget = self.limits.max_num_batched_tokens
         paced = None if self.pacer is None else self.pacer.order(self.stats.steps, self.running.values(), self.waiting)
         drafts = 0 if self.drafting is None else self.drafting.most(len(self._by_id))
-        step = _Step(budget, *(paced or (budget, budget)), drafts)
+        step = Step(budget, *(paced or (budget, budget)), drafts)
         if self.states is not None:
             self.states.begin()
         preempted = self._schedule_running(step)
-        if not preempted:
+        if self.waiting and not preempted:
             self._admit_waiting(step)
         if not step.items:
             return None
@@ -255,7 +220,7 @@ class Scheduler:
         sequence, reason = item.sequence, None
         for count, token in enumerate(came, 1):
             sequence.token_ids.append(token)
-            reason = self._finish_reason(sequence, token)
+            reason = sequence.finish_reason(token)
             if reason is not None:
                 del came[count:]
                 break
@@ -264,7 +229,7 @@ class Scheduler:
             self.drafting.learn(item, came)
         note, scores = (None, None) if reason is None else self._end(sequence, reason)
         told = None if logprobs is None else [one for one in logprobs[: len(came)] if one is not None] or None
-        prompt = None if sequence.params.prompt_logprobs is None else _prompt_logprobs(sequence)
+        prompt = None if sequence.params.prompt_logprobs is None else sequence.told_prompt_logprobs()
         first = len(sequence.token_ids) - len(came) == sequence.num_prompt_tokens
         cached = sequence.num_cached_tokens if first else 0
         outputs.append(Output(sequence.id, came, reason, note, told, cached, scores, prompt))
@@ -276,9 +241,9 @@ class Scheduler:
         self.stats.finished += 1
         if self.pacer is not None:
             self.pacer.ended(sequence)
-        note = self.context_full if reason == "length" and self._is_cut(sequence) else None
         scored = sequence.scoring is not None
-        return note, [sequence.scores[place] for place in sorted(sequence.scores)] if scored else None
+        scores = [sequence.scores[place] for place in sorted(sequence.scores)] if scored else None
+        return self.limits.note(sequence, reason), scores
 
     def check_integrity(self) -> None:
         """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
@@ -289,20 +254,20 @@ class Scheduler:
         if self.states is not None:
             self.states.check_integrity(list(self.running.values()))
 
-    def _schedule_running(self, step: _Step) -> bool:
+    def _schedule_running(self, step: Step) -> bool:
         """Give running sequences their tokens, oldest first; whether any had to be preempted."""
         preempted = False
         turned: list[Sequence] = []
         for sequence in list(self.running.values()):
             if step.budget == 0:
                 break
-            if sequence.id not in self.running or self._awaits_its_end(sequence):
+            if sequence.id not in self.running or sequence.awaits_its_end:
                 continue
             if self.rope_offset(sequence.num_tokens) != sequence.rope_offset:
                 self._stop_running(sequence)
                 turned.append(sequence)
                 continue
-            tokens = self._room(step, sequence.num_uncomputed_tokens)
+            tokens = step.room(sequence.num_uncomputed_tokens)
             if tokens == 0:
                 continue
             drafts = () if self.drafting is None else self.drafting.propose(sequence, tokens, step.drafts)
@@ -318,7 +283,7 @@ class Scheduler:
             self.drafting.grow_ahead(step.items)
         return preempted
 
-    def _make_room(self, step: _Step, sequence: Sequence, tokens: int) -> tuple[int, bool]:
+    def _make_room(self, step: Step, sequence: Sequence, tokens: int) -> tuple[int, bool]:
         """Give a running sequence blocks for ``tokens`` more: for fewer where layers have a window, else those of the
         youngest that the step has not chosen, itself in the end. How many it can compute now, and whether any was
         preempted."""
@@ -337,7 +302,7 @@ class Scheduler:
                 return 0, True
         return tokens, preempted
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: Step) -> None:
         states = self.states
         while self.waiting and step.has_room and self._has_place:
             sequence = self.waiting[0]
@@ -357,10 +322,10 @@ class Scheduler:
             self.running[sequence.id] = sequence
             self._choose(step, sequence, tokens)
 
-    def _admit(self, sequence: Sequence, prefix: Prefix, step: _Step) -> int:
+    def _admit(self, sequence: Sequence, prefix: Prefix, step: Step) -> int:
         """Give a sequence its blocks, if there are enough; how many tokens of it to compute in this step."""
         total = len(sequence.token_ids)
-        tokens = self._room(step, total - prefix.blocks * self.blocks.block_size)
+        tokens = step.room(total - prefix.blocks * self.blocks.block_size)
         # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
         # admitting does not lead straight to preempting.
         return self.blocks.admit(sequence, prefix, total, tokens, self.running.values())
@@ -368,23 +333,12 @@ class Scheduler:
     @property
     def _has_place(self) -> bool:
         """Whether one more sequence can run, as far as blocks allow."""
-        return len(self.running) < self.max_num_seqs and (self.states is None or self.states.has_room)
+        return len(self.running) < self.limits.max_num_seqs and (self.states is None or self.states.has_room)
 
-    def _room(self, step: _Step, tokens: int) -> int:
-        """How many of so many uncomputed tokens of a sequence the step has room for."""
-        if tokens <= 1:
-            return min(tokens, step.budget)
-        return min(tokens, step.budget, step.prefill) if step.chunks else 0
-
-    def _choose(self, step: _Step, sequence: Sequence, tokens: int, drafts: tuple[int, ...] = ()) -> None:
+    def _choose(self, step: Step, sequence: Sequence, tokens: int, drafts: tuple[int, ...] = ()) -> None:
         start = sequence.num_computed_tokens
         samples = start + tokens == sequence.num_tokens
-        step.chosen.add(sequence.id)
-        step.budget -= tokens + len(drafts)
-        step.drafts -= len(drafts)
-        if not samples or tokens > 1:
-            step.prefill -= tokens
-            step.chunks -= 1
+        step.take(sequence.id, tokens, len(drafts), part=not samples or tokens > 1)
         tokens += len(drafts)
         sequence.num_computed_tokens = start + tokens
         sequence.num_in_flight += samples
@@ -395,10 +349,6 @@ class Scheduler:
         if self.states is not None:
             state = self.states.use(sequence, start, start + tokens - len(drafts), len(drafts))
         step.items.append(ScheduledSequence(sequence, start, tokens, samples, state, drafts))
-
-    def _awaits_its_end(self, sequence: Sequence) -> bool:
-        """Whether a token in flight is known to be its last, so that no further step should be started for it."""
-        return sequence.num_in_flight > 0 and sequence.num_tokens >= sequence.max_num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -428,20 +378,7 @@ class Scheduler:
                 self.waiting.insert(0, sequence)
             return []
         self._finish(sequence)
-        message = (
-            f"the model's logits are not finite at position {len(sequence.token_ids)}: its weights, or what --dtype "
-            "computes from them, hold NaN or infinity; check the checkpoint, or try --dtype float32"
-        )
-        return [Output(sequence.id, [], "error", message)]
-
-    def _is_cut(self, sequence: Sequence) -> bool:
-        """Whether the context, and not ``max_tokens``, limits it."""
-        return sequence.num_prompt_tokens + sequence.params.max_tokens > self.max_model_len
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        if token in sequence.stop_token_ids:
-            return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
+        return [Output(sequence.id, [], "error", sequence.not_finite)]
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
@@ -452,11 +389,3 @@ class Scheduler:
             self._release(sequence)
         elif self.left_out.pop(sequence.id, None) is None:
             self.waiting.remove(sequence)
-
-
-def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprob] | None:
-    """What is told with a sequence's first token, and is then no longer kept."""
-    if len(sequence.token_ids) != sequence.num_prompt_tokens + 1:
-        return None
-    logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, {}
-    return [logprobs[place] for place in sorted(logprobs)]

@@ -117,3 +117,29 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def awaits_its_end(self) -> bool:
+        """Whether a token in flight is known to be its last, so that no further step should be started for it."""
+        return self.num_in_flight > 0 and self.num_tokens >= self.max_num_tokens
+
+    def finish_reason(self, token: int) -> str | None:
+        """Why it ends with ``token``, its last one so far."""
+        if token in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_num_tokens else None
+
+    @property
+    def not_finite(self) -> str:
+        """What is said of it where its next token cannot be chosen."""
+        return (
+            f"the model's logits are not finite at position {len(self.token_ids)}: its weights, or what --dtype "
+            "computes from them, hold NaN or infinity; check the checkpoint, or try --dtype float32"
+        )
+
+    def told_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """What is told with its first token, and is then no longer kept."""
+        if len(self.token_ids) != self.num_prompt_tokens + 1:
+            return None
+        logprobs, self.prompt_logprobs = self.prompt_logprobs, {}
+        return [logprobs[place] for place in sorted(logprobs)]
