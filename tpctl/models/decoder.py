@@ -151,9 +151,7 @@ class DecoderLayer(Layer):
             if not len(rows):
                 return
         if self.beside:
-            summand, x = self._mlp[0].summand(read)
-            together = Together(mixer.o_proj, summand, mixer.o_proj.group)
-            stream.add(together, (attended, x), None, scale)
+            self._add_together(stream, attended, read)
             return
         stream.add(mixer.o_proj, attended, norms.after_attention, scale)
         read = stream.normed(norms.before_mlp)
@@ -162,9 +160,20 @@ class DecoderLayer(Layer):
         else:
             summand, x = self._mlp[0].summand(read)
             stream.add(summand, x, norms.after_mlp, scale)
+        if self._input is not None or self._scaled:
+            self._end(stream, inputs_TP if inputs_TP is None or rows is None else inputs_TP[rows])
+
+    def _add_together(self, stream: ResidualStream, attended: Tensor, read: Rows) -> None:
+        """Add what attention and the MLP make of the same rows, which one sum over the ranks serves."""
+        summand, x = self._mlp[0].summand(read)
+        o_proj = self._mixer[0].o_proj
+        stream.add(Together(o_proj, summand, o_proj.group), (attended, x), None, self.residual_scale)
+
+    def _end(self, stream: ResidualStream, inputs_TP: Tensor | None) -> None:
+        """What a layer does behind its MLP: add its own embeddings, and scale the sum."""
         if self._input is not None:
             assert inputs_TP is not None
-            stream.join(self._input(stream.normed(None).x, inputs_TP if rows is None else inputs_TP[rows]))
+            stream.join(self._input(stream.normed(None).x, inputs_TP))
         if self._scaled:
             stream.scale(self.layer_scalar)
 

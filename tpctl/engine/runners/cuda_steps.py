@@ -114,11 +114,7 @@ class CudaSteps:
             return
         sampler = self._loaded.sampler
         pdl = early_launch(logits.shape[0], logits.device)
-        floors = None
-        if path is not SamplingPath.DIRECT:
-            whole, vocab_size = sampler.whole_rows(logits)
-            both = path is SamplingPath.TWO_FLOORS
-            floors = sampling_floors(whole, filters, vocab_size=vocab_size, both=both, pdl=pdl)
+        floors = None if path is SamplingPath.DIRECT else self._floors(logits, filters, path, pdl)
         scores, ids = sample(
             logits,
             filters.temperature,
@@ -130,6 +126,11 @@ class CudaSteps:
         )
         winner = self._compute.winner(scores, ids)
         self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
+
+    def _floors(self, logits: Tensor, filters: Filters, path: SamplingPath, pdl: bool) -> Tensor:
+        """Of each row the least logit that its filters leave."""
+        whole, vocab_size = self._loaded.sampler.whole_rows(logits)
+        return sampling_floors(whole, filters, vocab_size=vocab_size, both=path is SamplingPath.TWO_FLOORS, pdl=pdl)
 
 
 def _captured_states(inputs: MixedInputs) -> StateTables | None:
