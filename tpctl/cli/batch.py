@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpctl.cli.batch_formats import FormatOptions, opened_input, refuse_among_input
+from tpctl.cli.batch_formats import FormatOptions, Opened, opened_input, refuse_among_input
 from tpctl.cli.batch_job import Job, JobOptions, is_job, run_job
 from tpctl.cli.batch_report import end_if_finished, left_behind, progress, summary
 from tpctl.cli.console import note, status
@@ -30,9 +30,11 @@ from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tpctl.batch.formats.place import Reader
+    from tpctl.client.batch import Tally
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.results import Results
-    from tpctl.wire.report import EngineInfo
+    from tpctl.launch.nodes import Nodes
+    from tpctl.wire.report import EngineInfo, EngineStats
 
 TOGETHER = 32
 """Lines of a file that are read at once, so that their conversations are rendered at the cost of one."""
@@ -87,81 +89,61 @@ def batch(
     --hosts has replicas run on other hosts, by ssh or within a SLURM job. A model that fits no host runs on several
     with --nnodes, --node-rank and --rdzv-endpoint: the same command on each, of which the first writes the rows.
     """
-    from tpctl.batch.formats.choose import choose
-    from tpctl.client.batch import Batch
-    from tpctl.client.engine_client import EngineClient
-    from tpctl.client.jobs import JobParser
-    from tpctl.client.results import Results, partial_of
-    from tpctl.client.resume import check_target, remains, rows_left
-
     sampling.check(DEFAULTS)
-    values = {**DEFAULTS, **sampling.given()}
-    stop = sampling.stop or []
     nodes = node.nodes()
-    if nodes.count > 1 and is_job(output, job):
+    parts = is_job(output, job)
+    if nodes.count > 1 and parts:
         raise UsageError("--nnodes is for one engine, into one file; leave out --replicas, --hosts and FOLDER/")
     if nodes.rank > 0:
         lend_ranks(prepare(model, engine, nodes=nodes), nodes)
         return
-    asked = formats.asked()
-    if is_job(output, job):
-        policy = scheduling_policy or SchedulingPolicy.auto
-        run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, asked, job))
-        return
-    target, silent = target_of(output), output == "-" and sys.stdout.isatty()  # answers on a terminal show themselves
-    if resume and target is None:
+    values, stop, asked = {**DEFAULTS, **sampling.given()}, sampling.stop or [], formats.asked()
+    call = Job(prompts, output, model, resume, force, scheduling_policy, engine, values, stop, template, asked, job)
+    if parts:
+        run_job(call)
+    else:
+        _run_alone(call, nodes)
+
+
+def _run_alone(job: Job, nodes: Nodes) -> None:
+    """Answer every line with one engine.
+
+    Raises:
+        TpctlError: it cannot be begun, or not go on.
+        typer.Exit: 1 if a row is an error, 130 if it was interrupted.
+    """
+    from tpctl.batch.formats.choose import choose
+    from tpctl.client.results import Results, partial_of
+    from tpctl.client.resume import check_target, remains, rows_left
+
+    # Answers on a terminal show themselves.
+    target, silent = target_of(job.output), job.output == "-" and sys.stdout.isatty()
+    if job.resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
-    refuse_own_input(prompts, output)
-    if target is not None and not resume:
-        check_target(target, force=force)
-    spec = choose(prompts, output, asked, model)
-    refuse_among_input(spec, output)
-    if target is not None and resume and not force:
+    refuse_own_input(job.prompts, job.output)
+    if target is not None and not job.resume:
+        check_target(target, force=job.force)
+    spec = choose(job.prompts, job.output, job.asked, job.model)
+    refuse_among_input(spec, job.output)
+    if target is not None and job.resume and not job.force:
         end_if_finished(spec, target, partial_of(target))
-    at_hand = TemplateAtHand(template)
-    settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
-    settings |= {"template": at_hand.settings, "formats": asked.settings}
+    at_hand = TemplateAtHand(job.template)
+    settings = {"model": job.model, "dtype": str(job.engine.dtype), "sampling": job.sampling, "stop": job.stop}
+    settings |= {"template": at_hand.settings, "formats": job.asked.settings}
     with (
-        opened_input(spec, asked, prompts, model, count=not silent) as given,
-        Results(target, settings, resume=resume, force=force, encode=given.sink.encode) as results,
-        output_stream(output, target) as out,
+        opened_input(spec, job.asked, job.prompts, job.model, count=not silent) as given,
+        Results(target, settings, resume=job.resume, force=job.force, encode=given.sink.encode) as results,
+        output_stream(job.output, target) as out,
     ):
         _check_kept(given.reader, results)
-        from_a_file = given.reader.again
         alone = nodes.count == 1  # other hosts would wait for this one's ranks
-        if alone and from_a_file and not given.reader.count(1):
+        if alone and given.reader.again and not given.reader.count(1):
             note(f"{given.reader.shown} holds no prompts, so no model is loaded")
             if target is not None:
                 results.publish(0)
             return
-        policy = scheduling_policy or (
-            SchedulingPolicy.auto if target is not None and from_a_file else SchedulingPolicy.fcfs
-        )
-        needed = given.reader.mentions("messages") and not given.reader.mentions("chat_template_kwargs")
-        look = partial(look_ahead, at_hand, needed=needed)
-        config = prepare(model, engine, policy, look, nodes=nodes)
         emit = _emitter(results, out)
-        with remains(partial(rows_left, results)), EngineClient(config, nodes=nodes) as client:
-            say_nodes(config, nodes)
-            tokenizer = at_hand.tokenizer(config.text_dir)
-            info = _wait_ready(client, model, scheduling_policy, silent=silent)
-            parser = JobParser(
-                tokenizer,
-                sampling=values,
-                stop=stop,
-                max_model_len=info.max_model_len,
-                vocab_size=info.vocab_size,
-                form=lambda: given.source.form,
-            )
-            with progress(given.total, config.tp_size, silent=silent) as show, interrupts() as noted:
-                tally = Batch(client, tokenizer, results, window=4 * config.max_num_seqs).run(
-                    given.reader.lines(),
-                    parser,
-                    together=TOGETHER if from_a_file else 1,
-                    step=lambda tally: (show(tally), emit(False)),
-                    should_stop=lambda: noted,
-                )
-            stats = None if tally.interrupted else client.stats()
+        tally, stats = _answer(job, nodes, at_hand, given, results, lambda: emit(False), silent=silent)
         with remains(partial(rows_left, results)):
             emit(True)
             if target is not None and not tally.interrupted:
@@ -172,6 +154,52 @@ def batch(
             raise typer.Exit(130)
     if tally.errors:
         raise typer.Exit(1)
+
+
+def _answer(
+    job: Job,
+    nodes: Nodes,
+    at_hand: TemplateAtHand,
+    given: Opened,
+    results: Results,
+    emit: Callable[[], object],
+    *,
+    silent: bool,
+) -> tuple[Tally, EngineStats | None]:
+    """Start the engine and put a row for each line into ``results``; what was counted, and what the engine counted if
+    it was not interrupted. ``emit`` is called whenever there may be more rows."""
+    from tpctl.client.batch import Batch
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.client.jobs import JobParser
+    from tpctl.client.resume import remains, rows_left
+
+    reader = given.reader
+    waited_for = target_of(job.output) is None or not reader.again  # somebody may want the first rows soon
+    policy = job.policy or (SchedulingPolicy.fcfs if waited_for else SchedulingPolicy.auto)
+    needed = reader.mentions("messages") and not reader.mentions("chat_template_kwargs")
+    look = partial(look_ahead, at_hand, needed=needed)
+    config = prepare(job.model, job.engine, policy, look, nodes=nodes)
+    with remains(partial(rows_left, results)), EngineClient(config, nodes=nodes) as client:
+        say_nodes(config, nodes)
+        tokenizer = at_hand.tokenizer(config.text_dir)
+        info = _wait_ready(client, job.model, job.policy, silent=silent)
+        parser = JobParser(
+            tokenizer,
+            sampling=job.sampling,
+            stop=job.stop,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            form=lambda: given.source.form,
+        )
+        with progress(given.total, config.tp_size, silent=silent) as show, interrupts() as noted:
+            tally = Batch(client, tokenizer, results, window=4 * config.max_num_seqs).run(
+                reader.lines(),
+                parser,
+                together=TOGETHER if reader.again else 1,
+                step=lambda tally: (show(tally), emit()),
+                should_stop=lambda: noted,
+            )
+        return tally, None if tally.interrupted else client.stats()
 
 
 def _check_kept(reader: Reader, results: Results) -> None:

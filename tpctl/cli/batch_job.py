@@ -6,7 +6,7 @@ import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,13 +112,18 @@ class Job:
     model: str
     resume: bool
     force: bool
-    policy: SchedulingPolicy
+    policy: SchedulingPolicy | None
     engine: EngineOptions
     sampling: dict[str, Any]
     stop: list[str]
     template: TemplateOptions
     asked: Asked
     options: JobOptions
+
+    @property
+    def policy_of_parts(self) -> SchedulingPolicy:
+        """That of engines whose rows nobody waits for."""
+        return self.policy or SchedulingPolicy.auto
 
     @property
     def folder(self) -> bool:
@@ -160,6 +165,7 @@ def run_job(job: Job) -> None:
     from tpctl.batch.manifest import begun, check_settings
     from tpctl.batch.ray_cluster import connected
     from tpctl.batch.status import parts_folder
+    from tpctl.client.prepare import model_digest
 
     spec = located(choose(job.prompts, job.output, job.asked, job.model), job.prompts)
     refuse_among_input(spec, job.output)
@@ -179,7 +185,7 @@ def run_job(job: Job) -> None:
             check_settings(folder, settings)
         needed = _mentions_messages(spec)
         engine = _without_device(job.engine) if job.options.elsewhere else job.engine
-        config = prepare(job.model, engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
+        config = prepare(job.model, engine, job.policy_of_parts, partial(look_ahead, at_hand, needed=needed))
         settings["model_digest"] = model_digest(config)
         division = check_settings(folder, settings) if goes_on else None
         errors = _run(job, folder, spec, config, settings, division, target)
@@ -264,27 +270,19 @@ def _target(job: Job, spec: FormatSpec) -> Path:
         typer.Exit: it is finished.
     """
     from tpctl.batch.status import parts_folder
+    from tpctl.batch.target import check_file
     from tpctl.cli.places import refuse_own_input, target_of
-    from tpctl.client.results import partial_of
 
     target = target_of(job.output)
     if target is None:
         raise OutputError(f"{job.output} is no file that parts can be put together in; name a file or a folder with -o")
     refuse_own_input(job.prompts, job.output)
-    if partial_of(target).exists():
-        raise OutputError(
-            f"{partial_of(target)} holds the rows of an interrupted run with one engine; go on with it without "
-            "--replicas, or delete it"
-        )
-    if target.exists() and target.stat().st_size and not job.force:
-        if job.resume:
-            end_if_finished(spec, target, parts_folder(target))
-        how = "--resume --force" if job.resume else "--force"
-        raise OutputError(f"{target} exists already; use {how} to replace it, or name another file with -o")
-    if job.force and not job.resume and parts_folder(target).exists():
-        raise OutputError(
-            f"{parts_folder(target)} holds the rows of an interrupted run; go on with --resume, or delete it"
-        )
+    check_file(
+        target,
+        resume=job.resume,
+        force=job.force,
+        finished=lambda: end_if_finished(spec, target, parts_folder(target)),
+    )
     return target
 
 
@@ -302,14 +300,6 @@ def _settings(job: Job, at_hand: TemplateAtHand) -> dict[str, Any]:
     }
 
 
-def model_digest(config: EngineConfig) -> str:
-    """What tells a model's weights and texts from those of another revision."""
-    from tpctl.manifest.manifest import Manifest
-
-    manifest = Manifest.load(config.shard_dir)
-    return blake2b(repr((manifest.source.files, manifest.dtype)).encode(), digest_size=16).hexdigest()
-
-
 def _without_device(engine: EngineOptions) -> EngineOptions:
     """The options by which this host finds a model that it will not run."""
     auto, backend = KvCacheDType.auto, AttentionBackend.auto
@@ -324,7 +314,7 @@ def _write_spec(job: Job, folder: JobFolder, formats: FormatSpec, digest: str, t
     if job.template.chat_template is not None:
         put(folder.template, job.template.chat_template.read_bytes())
     variables, timeout = job.template.chat_template_kwargs, job.options.step_timeout
-    args = replace(engine_args(job.engine, job.policy), tp=tp_size, engines_on_host=on_a_host)
+    args = replace(engine_args(job.engine, job.policy_of_parts), tp=tp_size, engines_on_host=on_a_host)
     model = str(local_path(job.model).resolve()) if local_path(job.model).exists() else job.model
     JobSpec(formats, model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.batch_job import model_digest
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import TemplateOptions
 from tpctl.cli.signals import end_if_told
@@ -81,7 +80,7 @@ def replica(
             at_hand = TemplateAtHand(template)
             config = client.prepare(spec.model, engine_args, progress=byte_progress)
             place.gpus = config.tp_size if config.device == "cuda" else 0
-            if (found := model_digest(config)) != spec.model_digest:
+            if (found := client.model_digest(config)) != spec.model_digest:
                 raise SourceError(
                     f"{spec.model} is another one here (digest {found[:12]}) than where the batch began "
                     f"({spec.model_digest[:12]}); name a revision, or a folder that all hosts see"

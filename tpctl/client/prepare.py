@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,12 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
     with progress("verifying") as told:
         ensure_verified(folder, args.nodes.ranks_here(tp_size), told)
     return EngineConfig(folder, tp_size, source.folder, **asdict(settings))
+
+
+def model_digest(config: EngineConfig) -> str:
+    """What tells a model's weights and texts from those of another revision."""
+    manifest = Manifest.load(config.shard_dir)
+    return blake2b(repr((manifest.source.files, manifest.dtype)).encode(), digest_size=16).hexdigest()
 
 
 def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
