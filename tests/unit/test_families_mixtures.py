@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import MIXTURES, make_mixture
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import FAMILIES
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan
 from tpctl.checkpoint.folder import CheckpointFolder
@@ -304,7 +305,8 @@ FP8: dict[str, Any] = {
 def test_fp8_in_blocks(tmp_path: Path, name: str) -> None:
     """As these are published. Heads and inner sizes end inside of blocks, so that scales are on two ranks."""
     quantised = {**FP8, "modules_to_not_convert": [*FP8["modules_to_not_convert"], "linear_attn.in_proj_ba"]}
-    config = make_config(name, quantization_config=quantised, linear_key_head_dim=8)
+    ends = {"linear_key_head_dim": 8} if FAMILIES[name].defaults.get("linear_key_head_dim") else {}
+    config = make_config(name, quantization_config=quantised, **ends)
     source = make_checkpoint(tmp_path / "model", config, files=2)
     held = CheckpointFolder.open(source).shapes
     assert any(one.endswith("_scale_inv") for one in held)

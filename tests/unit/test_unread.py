@@ -84,6 +84,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_routing_bias": True,
         "router_jitter_noise": 0.0,
     },
+    "gemma4_text": {"top_k_experts": 8, "num_experts": 128, "moe_intermediate_size": 704},
     "deepseek_v3": {"ep_size": 1, "aux_loss_alpha": 0.001, "seq_aux": True, "moe_layer_freq": 1, "qk_head_dim": 192},
     "gpt_oss": {"experts_per_token": 4, "initial_context_length": 4096, "output_router_logits": False},
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "resid_pdrop": 0.0},
@@ -143,7 +144,7 @@ NO_ANSWER = {
 
 OFF = {
     *((kind, "sliding_window") for kind in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
-    *(("gemma4_text", key) for key in ("num_experts", "moe_intermediate_size")),
+    *(("gemma4_text", key) for key in ("num_experts", "moe_intermediate_size", "top_k_experts")),
     ("phi3", "original_max_position_embeddings"),
 }
 """Fields that another one switches off by default: ``use_sliding_window``, ``enable_moe_block``, a RoPE of no kind that

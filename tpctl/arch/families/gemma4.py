@@ -322,6 +322,7 @@ TEXT = Family(
         {
             *("hidden_activation", "use_bidirectional_attention", "final_logit_softcapping", "per_layer_config"),
             *("num_kv_shared_layers", "num_experts", "moe_intermediate_size", "attention_k_eq_v", "enable_moe_block"),
+            "top_k_experts",
             *("use_double_wide_mlp", "hidden_size_per_layer_input"),
         }
     ),
