@@ -67,7 +67,7 @@ def step(tokens: Tokens, state_SNDE: Tensor) -> Tensor:
     state, group = state_SNDE.view(-1, dim, width), heads // tokens.k.shape[1]
     # Both read the decayed state; what the token's own correction adds to its output is (q k) times that.
     kq = torch.stack((tokens.k, tokens.q), dim=2).repeat_interleave(group, dim=1).view(-1, 2, dim)
-    state.mul_(tokens.g.exp().view(-1, 1, 1))
+    state.mul_(tokens.g.exp().reshape(-1, 1, 1))
     known, read = torch.bmm(kq, state).unbind(1)
     new = (tokens.v.reshape(-1, width) - known) * tokens.beta.reshape(-1, 1)
     state.baddbmm_(kq[:, :1].transpose(1, 2), new.unsqueeze(1))
