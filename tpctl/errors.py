@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 _STEERING = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
@@ -68,6 +71,16 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def again(error: E) -> E:
+    """A new error that says what ``error`` does, without its traceback, which holds what the frames in it have.
+
+    One that is kept and raised over and over would gather the frames of all who were told.
+    """
+    new = type(error).__new__(type(error), *error.args)
+    new.__dict__.update(error.__dict__)
+    return new
 
 
 class TpctlError(Exception):

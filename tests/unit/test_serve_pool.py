@@ -12,10 +12,12 @@ import pytest
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
+from tpctl.client.fields import FieldError
 from tpctl.client.reasoning_stream import Segment
+from tpctl.client.router import Router
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import EngineError
+from tpctl.errors import EngineError, RequestError, again
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Gone, Piece
 from tpctl.serve.metrics import Metrics
@@ -286,3 +288,56 @@ def test_several_engines_are_counted_one_by_one(tokenizer: Tokenizer) -> None:
             'tpctl_preemptions_total{engine="0"} 3.0',
             'tpctl_preemptions_total{engine="1"} 3.0',
         ]
+
+
+def test_refusals_keep_nothing_of_those_who_are_refused(tokenizer: Tokenizer) -> None:
+    def refused(ask: Callable[[], object]) -> None:
+        with pytest.raises(ApiError, match="ending") as told:
+            ask()
+        assert (told.value.status, told.value.code, told.value.retry_after) == (503, "ending", 5)
+
+    def enter(pool: Pool) -> None:
+        with pool.preparing():
+            pytest.fail("it was let in")
+
+    async def waiting(pool: Pool) -> None:
+        with pool.preparing():
+            await asyncio.sleep(PATIENCE)
+
+    async def run() -> None:
+        pool, _ = await opened([FakeEngine(tokenizer)])
+        reason = pool.closing = ApiError(503, "the server is ending", code="ending", retry_after=5)
+        for _ in range(3):
+            refused(pool.check_open)
+        cut = [asyncio.create_task(waiting(pool)) for _ in range(2)]
+        await until(lambda: len(pool._preparing) == 2)
+        pool.give_up(reason)
+        told = await asyncio.gather(*cut, return_exceptions=True)
+        assert [str(one) for one in told] == [str(reason)] * 2
+        for _ in range(3):
+            refused(lambda: enter(pool))
+            refused(lambda: pool.begin([job(tokenizer, "ab")]))
+        assert reason.__traceback__ is None and reason.__context__ is None
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_an_error_again_is_the_same_without_its_frames() -> None:
+    for error in (RequestError("too long"), FieldError("n", "is 0"), ApiError(503, "ending", code="c", retry_after=5)):
+        try:
+            raise error from ValueError("a")
+        except type(error):
+            new = again(error)
+        assert type(new) is type(error) and str(new) == str(error) and vars(new) == vars(error)
+        assert new is not error and new.__traceback__ is new.__cause__ is new.__context__ is None
+
+
+def test_an_engine_s_end_keeps_nothing_of_those_who_are_told() -> None:
+    router = Router(lambda message: None, lambda: 100)
+    boxes, reason = [router.mailbox() for _ in range(2)], EngineError("rank 0 was killed")
+    router.fail(reason)
+    for box in [*boxes, router.mailbox()] * 3:
+        with pytest.raises(EngineError, match="rank 0 was killed"):
+            box.outputs(timeout=PATIENCE)
+    assert reason.__traceback__ is None and reason.__context__ is None

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from tpctl.client.router import Mailbox, Router, Sink
-from tpctl.errors import EngineError, TpctlError
+from tpctl.errors import EngineError, TpctlError, again
 from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.launch.torchrun import WORKER, WORKER_VARIABLE, Workers
 from tpctl.wire.channel import Channel, ChannelClosed
@@ -219,7 +219,7 @@ class EngineClient:
 
     def _reason(self) -> TpctlError:
         """Why nothing can be asked of the engine any more."""
-        return self._failure or EngineError("the engine is closed")
+        return EngineError("the engine is closed") if self._failure is None else again(self._failure)
 
     def _send(self, message: Message) -> None:
         self.wait_ready()

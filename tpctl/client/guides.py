@@ -21,7 +21,7 @@ from tpctl.client.reasoning_stream import begins_in_thought
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.harmony import messages
 from tpctl.client.tools.lark import Lark
-from tpctl.errors import RequestError, TpctlError
+from tpctl.errors import RequestError, TpctlError, again
 from tpctl.wire.guide import BESIDE_TOOLS, Guide
 from tpctl.wire.sampling import SamplingParams
 
@@ -140,7 +140,7 @@ def _problem(guide: Guide) -> str | None:
         if guide not in found:
             raise Untried(guide)
         if isinstance(problem := found[guide], TpctlError):
-            raise problem
+            raise again(problem)  # it is told to all who wait for the guide
         return problem
     problem = _tried(guide)
     with _lock:

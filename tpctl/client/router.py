@@ -19,7 +19,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from tpctl.errors import RequestError, TpctlError
+from tpctl.errors import RequestError, TpctlError, again
 from tpctl.wire.messages import Abort, Add, Output, Request
 
 Share = list[tuple[str, Output]]
@@ -150,14 +150,14 @@ class Mailbox:
             EngineError: the workers failed, and what they had said before is taken out.
         """
         if self._failure is not None:
-            raise self._failure
+            raise again(self._failure)
         try:
             item = self._queue.get(timeout=timeout)
         except queue.Empty:
             return []
         if isinstance(item, TpctlError):
             self._failure = item
-            raise item
+            raise again(item)  # it is told to every mailbox
         return item
 
     def abort(self, ids: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from tpctl.client.text_stream import TextStream
-from tpctl.errors import TpctlError
+from tpctl.errors import TpctlError, again
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
 from tpctl.serve.lane import Engine, Lane
@@ -119,7 +119,7 @@ class Pool:
         """
         self._check_engines()
         if self.closing is not None:
-            raise self.closing
+            raise again(self.closing)
         if self.info is None:
             raise ApiError(503, "the model is being loaded", code="loading", retry_after=1)
         if more > self.most:
@@ -166,7 +166,7 @@ class Pool:
             ApiError: it has been called, now or before.
         """
         if self._given_up is not None:
-            raise self._given_up
+            raise again(self._given_up)
         with Interruptible() as one:
             self._preparing.add(one)
             try:
@@ -185,7 +185,7 @@ class Pool:
         """
         self._check_engines()
         if self._given_up is not None:
-            raise self._given_up
+            raise again(self._given_up)
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
         guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
@@ -217,9 +217,9 @@ class Pool:
         """End what is under way, and all that comes."""
         self._given_up = reason
         for one in list(self._preparing):
-            one.interrupt(reason)
+            one.interrupt(again(reason))
         for generation in {one for lane in self._lanes for one, _ in lane.open.values()}:
-            generation.fail(reason)
+            generation.fail(again(reason))
 
     @property
     def stalled(self) -> bool:
