@@ -136,6 +136,16 @@ def test_a_template_that_cannot_be_read_or_compiled(tmp_path: Path) -> None:
         ChatTemplate("{{ {}.popitem() }}", {}).render([])
 
 
+def test_a_template_that_does_not_compile_keeps_nothing_of_those_who_ask(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(make(tmp_path, NAMED, template="{% if %}x"))
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="does not compile") as told:
+            tokenizer.encode_chat([{"role": "user", "content": "a"}])
+        kept = tokenizer._template_error
+        assert kept is not None and str(kept) == str(told.value)
+        assert kept.__traceback__ is kept.__context__ is kept.__cause__ is None
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(make(tmp_path, NAMED, template=CHATML))
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])):

@@ -22,7 +22,7 @@ from tpctl.client.text_growth import check_steps, check_text_growth, most_added,
 from tpctl.client.token_bound import most_characters
 from tpctl.client.tools.find import find_form as find_tool_form
 from tpctl.client.tools.forms import ToolForm
-from tpctl.errors import CheckpointError, RequestError, TooLongError
+from tpctl.errors import CheckpointError, RequestError, TooLongError, again
 from tpctl.json_file import is_file
 
 if TYPE_CHECKING:
@@ -144,14 +144,14 @@ class Tokenizer:
             CheckpointError: the model has none, or one that does not compile.
         """
         if self._template_error is not None:
-            raise self._template_error
+            raise again(self._template_error)
         if self._template is None:
             if self._template_source is None:
                 raise no_template(self._shown)
             try:
                 self._template = ChatTemplate(self._template_source, self.special_tokens, name=self._template_name)
             except CheckpointError as error:
-                self._template_error = error  # a second try would take as long, and fail as well
+                self._template_error = again(error)  # a second try would take as long, and fail as well
                 raise
         return self._template
 
