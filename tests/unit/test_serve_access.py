@@ -93,6 +93,7 @@ def test_a_line_is_one_whatever_was_asked_for(client: Any, said: str) -> None:
 def test_the_command_s_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpctl.client.conversation.recommended_sampling", lambda *_: {"temperature": 0.5})
     given = ServerOptions(
+        host="gpu.example",
         api_key=["k"],
         allowed_origin=["http://A.example"],
         served_model_name=["one", "two"],
@@ -116,6 +117,7 @@ def test_the_command_s_options_reach_the_server(monkeypatch: pytest.MonkeyPatch)
         interval=4,
         max_memory=1 << 30,
         origins=("http://a.example",),
+        host="gpu.example",
         access_log=True,
     )
     assert not cli._settings("model", ServerOptions(), cli._checked(ServerOptions()), *rest).access_log

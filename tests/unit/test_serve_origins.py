@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from tests.unit.fake_client import write_tokenizer
@@ -57,12 +59,62 @@ def test_other_pages_are_refused_before_anything_is_computed(tokenizer: Tokenize
 
 
 def test_its_own_page_and_programs_need_nobody_s_leave(tokenizer: Tokenizer) -> None:
-    with served(tokenizer) as (client, _):
+    with served(tokenizer, host="testserver") as (client, _):
         host = client.get("/health").request.headers["host"]
         for headers in ({}, {"origin": f"http://{host}"}, {"origin": f"https://{host}"}):
             answered = client.post(CHAT, json=chat(), headers=headers)
             assert answered.status_code == 200 and "access-control-allow-origin" not in answered.headers
         assert "is not for OPTIONS" in error(client.options(CHAT), 405).message
+
+
+ADDRESSES = ["127.0.0.1:8000", "[::1]:8000", "10.0.0.7", "localhost:8000", "a.localhost"]
+NAMES = ["GPU.example:8000", "chat.example", f"{socket.gethostname()}:8000", "chat.example."]
+
+
+@pytest.mark.parametrize("host", ADDRESSES + NAMES)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_its_own_page_is_at_a_name_that_is_its_own(tokenizer: Tokenizer, scheme: str, host: str) -> None:
+    with served(tokenizer, origins=("https://chat.example",), host="gpu.example") as (client, server):
+        headers = {"host": host, "origin": f"{scheme}://{host.lower()}"}
+        assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+        assert client.get("/v1/models", headers={"host": host, "sec-fetch-site": "same-origin"}).status_code == 200
+        assert len(server.engines[0].requests) == 1
+
+
+FOREIGN = ["evil.example:8000", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost"]
+
+
+@pytest.mark.parametrize("host", [*FOREIGN, "gpu.example.evil.example", "[evil.example]", ".", ".local"])
+def test_a_page_whose_name_was_made_to_lead_here_is_refused(tokenizer: Tokenizer, host: str) -> None:
+    with served(tokenizer, origins=(PAGE,), host="gpu.example") as (client, server):
+        asks = {"host": host, "origin": f"http://{host}"}
+        before = {**asks, "access-control-request-method": "POST"}
+        for found in (
+            client.post(CHAT, json=chat(), headers=asks),
+            client.get("/v1/models", headers=asks),
+            client.options(CHAT, headers=before),
+            client.get("/metrics", headers={"host": host, "sec-fetch-site": "same-origin"}),
+        ):
+            told = error(found, 403)
+            assert told.code == "origin_not_allowed" and "by its address or as localhost" in told.message
+            assert f"//{host}" in told.message
+        assert not server.engines[0].requests
+
+
+def test_who_is_no_page_may_call_it_anything(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, origins=(PAGE,)) as (client, _):
+        for headers in ({}, {"origin": PAGE}, {"sec-fetch-site": "none"}, {"sec-fetch-site": "cross-site"}):
+            answered = client.post(CHAT, json=chat(), headers={"host": "proxy.example", **headers})
+            assert answered.status_code == 200
+    with served(tokenizer, origins=("*",)) as (client, _):
+        headers = {"host": "proxy.example", "origin": "http://proxy.example"}
+        assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+
+
+def test_nobody_s_page_is_not_its_own(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        for origin in ("null", "http://"):
+            assert error(client.get("/v1/models", headers={"host": "", "origin": origin}), 403)
 
 
 @pytest.mark.parametrize("origin", ["*", "null", "https://a.example", "http://localhost:3000", "vscode-webview://x1"])

@@ -255,5 +255,6 @@ def _settings(
         drain=server.drain,
         interval=server.stream_interval,
         origins=checked.origins,
+        host=server.host,
         access_log=server.access_log,
     )

@@ -58,6 +58,7 @@ class App:
         *,
         api_keys: Sequence[str] = (),
         origins: Collection[str] = (),
+        host: str = "",
         max_body: int = 16 << 20,
         max_memory: int = MAX_MEMORY,
         body_seconds: float = BODY_SECONDS,
@@ -67,7 +68,8 @@ class App:
         """Set limits.
 
         Args:
-            origins: of web pages that may use it besides its own, as ``check_origin`` gives them.
+            origins: of web pages that may use it besides its own, as ``check_origin`` gives them; ``host``: what it
+                listens at, by which its own page goes.
             max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
             max_memory: bytes that all requests may hold together (``serve.memory``).
             note: tells whoever runs the server of what should not have happened.
@@ -76,7 +78,7 @@ class App:
         self._endpoints = endpoints
         self.pool = endpoints.pool
         self._keys = [key.encode() for key in api_keys]
-        self._origins = Origins(origins)
+        self._origins = Origins(origins, host)
         self._max_body = max_body
         self.memory = Memory(max_memory)
         self._body_seconds = body_seconds

@@ -41,6 +41,7 @@ class ServeSettings:
         drain: seconds in which the server ends once it is asked to.
         interval: tokens of an answer in a chunk of its stream.
         origins: of web pages that may use it besides its own.
+        host: what it was told to listen at, by which its own page goes.
         access_log: whether each request that was answered is noted.
     """
 
@@ -53,6 +54,7 @@ class ServeSettings:
     interval: int = 1
     max_memory: int = MAX_MEMORY
     origins: tuple[str, ...] = ()
+    host: str = ""
     access_log: bool = False
 
 
@@ -131,6 +133,7 @@ async def _serve(
             endpoints,
             api_keys=settings.api_keys,
             origins=settings.origins,
+            host=settings.host,
             max_body=settings.max_body,
             max_memory=settings.max_memory,
             note=note,
