@@ -38,10 +38,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         ("POST", TEXT, {"prompt": "break"}, 500, r" prompt_tokens=5 completion_tokens=0 id=cmpl-\w+"),
         ("POST", CHAT, chat(max_tokens=1), 200, r" prompt_tokens=8 completion_tokens=1 id=chatcmpl-\w+"),
         ("POST", "/v1/responses", {"input": "a"}, 200, r" prompt_tokens=\d+ completion_tokens=\d+ id=resp_\w+"),
-        ("POST", TEXT, {"prompt": 1}, 400, ""),
-        ("POST", "/tokenize", {"prompt": "a"}, 200, ""),
-        ("GET", "/health", None, 200, ""),
-        ("GET", "/no%20where?a=%0Ab", None, 404, ""),
+        ("POST", TEXT, {"prompt": 1}, 400, r" id=req-\w{24}"),
+        ("POST", TEXT, [], 400, r" id=req-\w{24}"),
+        ("POST", "/tokenize", {"prompt": "a"}, 200, r" id=req-\w{24}"),
+        ("GET", "/v1/models", None, 200, r" id=req-\w{24}"),
+        ("GET", "/health", None, 200, r" id=req-\w{24}"),
+        ("OPTIONS", "/health", None, 405, r" id=req-\w{24}"),
+        ("GET", "/no%20where?a=%0Ab", None, 404, r" id=req-\w{24}"),
     ],
 )
 def test_a_line_says_what_became_of_a_request(
@@ -50,7 +53,9 @@ def test_a_line_says_what_became_of_a_request(
     told: list[str] = []
     with served(tokenizer, access=told.append) as (client, server):
         told.clear()
-        assert client.request(method, path, json=body).status_code == status
+        answer = client.request(method, path, json=body)
+        assert answer.status_code == status
+        assert answer.headers.get_list("x-request-id") == re.findall(r" id=(\S+)", told[0])
         found = LINE.fullmatch("".join(told))
         assert found is not None and len(told) == 1, told
         assert found.groups()[:3] == ("testclient:50000", f"{method} {path} HTTP/1.1", str(status))
@@ -86,7 +91,7 @@ def test_it_is_written_only_where_that_is_asked_for(tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize(("client", "said"), [(None, ":0"), (("::1", 5), "[::1]:5"), (("127.0.0.1", 5), "127.0.0.1:5")])
 def test_a_line_is_one_whatever_was_asked_for(client: Any, said: str) -> None:
     scope = {"client": client, "method": "GET", "http_version": "1.1", "query_string": b""}
-    found = line({**scope, "raw_path": b"/\x1b[2J\n" + b"a" * 10_000}, 404, 0.0, None)
+    found = line({**scope, "raw_path": b"/\x1b[2J\n" + b"a" * 10_000}, 404, 0.0, "req-1", None)
     assert f' {said} - "GET /\\x1b[2J\\n' in found and len(found) < 700 and found.isprintable()
 
 

@@ -30,15 +30,17 @@ from tpctl.serve.openapi import description
 from tpctl.serve.origins import Headers, Origins
 from tpctl.serve.page import Page
 from tpctl.serve.straight import gone_out
-from tpctl.serve.work import Interruptible, UnderWay, Work
+from tpctl.serve.work import Interruptible, UnderWay, Work, new_id
 
 OPEN = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 """Paths that need no key."""
 
 _MODELS = "/v1/models/"
 
-_WORK = "tpctl.work"
-"""Where a request's scope has its ``Work``."""
+_ID, _WORK = "tpctl.id", "tpctl.work"
+"""Where a request's scope has what it is called, and its ``Work``."""
+
+_NAME = b"x-request-id"
 
 Post = Callable[[dict[str, Any], float, Holding, str], Awaitable[ASGIApp]]
 
@@ -110,13 +112,17 @@ class App:
         if scope["type"] != "http":
             return
         since, status = time.monotonic(), 499  # for those who hung up
+        id = scope[_ID] = new_id()
         more: Headers = []
 
         async def dated(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *more, (b"date", self._now())]
+                headers = [*message["headers"], *more, (b"date", self._now())]
+                if all(name != _NAME for name, _ in headers):  # an answer is called by its own
+                    headers.append((_NAME, id.encode()))
+                message["headers"] = headers
             await send(message)
 
         scope["app"] = self  # so that the router raises for what it does not know
@@ -138,7 +144,7 @@ class App:
         self.pool.metrics.answered(self._path(scope["path"]), status, since)
         if self._access is not None:
             work: Work | None = scope.get(_WORK)
-            self._access(line(scope, status, since, None if work is None else work.answer))
+            self._access(line(scope, status, since, id, None if work is None else work.answer))
 
     def _path(self, path: str) -> str:
         """What a path is counted as: the names of models are anybody's."""
@@ -183,8 +189,7 @@ class App:
             error = ApiError(error.status_code, said, allow=(error.headers or {}).get("Allow"))
         elif not isinstance(error, ApiError):
             error = self.failed(error, scope)
-        work = scope.get(_WORK)
-        await refused(error, send, [] if work is None else [(b"x-request-id", work.id.encode())])
+        await refused(error, send)
 
     def tell(self, said: str, scope: Scope) -> None:
         """Tell whoever runs the server of a request."""
@@ -216,7 +221,7 @@ class _Post:
         since, (client, _) = time.monotonic(), scope.get("client") or ("", 0)  # none of a Unix socket
         with Holding(self._app.memory) as holding:
             body = await self._app.read(scope, receive, holding)
-            with self._app.under_way.at_work(scope["path"]) as work:
+            with self._app.under_way.at_work(scope["path"], scope[_ID]) as work:
                 scope[_WORK] = work
                 with self._app.pool.preparing() as preparing:
                     watching = asyncio.ensure_future(_watch(receive, preparing))

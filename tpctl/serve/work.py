@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 MOST_NAMED = 8
@@ -30,18 +30,23 @@ class Growing(Protocol):
     def account(self) -> str: ...
 
 
+def new_id() -> str:
+    """What a request is called until there is an answer, which has an id of its own."""
+    return f"req-{secrets.token_hex(12)}"
+
+
 @dataclass(eq=False)
 class Work:
     """A request to ``path`` whose body has been read.
 
     Attributes:
+        id: what it is called until it has an answer.
         answer: what comes of it, once an engine is at it.
-        id: what it is called until then.
     """
 
     path: str
+    id: str
     answer: Growing | None = None
-    id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
 
     @property
     def complete(self) -> bool:
@@ -91,9 +96,9 @@ class UnderWay:
         return iter(list(self._open))
 
     @contextmanager
-    def at_work(self, path: str) -> Iterator[Work]:
-        """While a body that was sent to ``path`` is being answered."""
-        work = Work(path)
+    def at_work(self, path: str, id: str) -> Iterator[Work]:
+        """While a body that was sent to ``path`` is being answered; ``id``: what the request is called."""
+        work = Work(path, id)
         self._open[work] = None
         try:
             yield work
