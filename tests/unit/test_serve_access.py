@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
-from tests.unit.running import BODY, running, talkative, until
+from tests.unit.running import BODY, LONG, everything, running, talkative, until
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, TEXT, chat
 from tpctl.cli import serve as cli
@@ -20,6 +20,7 @@ from tpctl.cli.serve import ServerOptions
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve.access import line
 from tpctl.serve.run import ServeSettings
+from tpctl.wire.messages import Output
 from tpctl.wire.settings import EngineConfig
 
 LINE = re.compile(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\S+) - "([A-Z]+ \S+ HTTP/1\.[01])" (\d{3}) \d+\.\d{3}s(.*)')
@@ -86,6 +87,48 @@ def test_it_is_written_only_where_that_is_asked_for(tokenizer: Tokenizer) -> Non
         for found, status in zip(gone, ("200", "499"), strict=True):
             assert found is not None and found[3] == status, found
             assert re.fullmatch(r" prompt_tokens=2 completion_tokens=\d+ id=cmpl-\w+ hung_up", found[4])
+
+
+def test_it_tells_which_streams_broke_off(tokenizer: Tokenizer) -> None:
+    """By the engine, for want of memory that others hold, by the server's end."""
+
+    class Failing(FakeEngine):
+        def _next(self, id: str) -> Output:
+            found = super()._next(id)
+            if id not in self.open or self.open[id][2] < 5 or len(self.requests) > 1:
+                return found
+            del self.open[id]
+            return Output(id, [], "error", "the scores are not finite")
+
+    engine = Failing(tokenizer, say=lambda *_: LONG, max_model_len=100_000)
+    with running(tokenizer, engine, access_log=True, max_memory=1 << 20, drain=0.1) as server:
+        body = {**BODY, "max_tokens": 9000}
+        with server.ask(TEXT, body) as sock:
+            assert b"not finite" in everything(sock, b"0\r\n\r\n")
+        until(lambda: len(server.notes) == 2)
+        told, logged = server.notes
+        server.notes.clear()
+        assert re.fullmatch(r"tpctl serve: /v1/completions cmpl-\w+ after \d tokens failed: the scores are .*", told)
+        assert re.search(r" 200 \S+ prompt_tokens=2 completion_tokens=\d id=cmpl-\w+ failed=500$", logged)
+
+        app: Any = server.server._app  # type: ignore[union-attr]
+        engine.pace = 0.001
+        with server.ask(TEXT, body) as sock:
+            assert sock.recv(1) == b"H"
+            app.memory.held += 1_000_000
+            assert b"memory_full" in everything(sock, b"0\r\n\r\n")
+        app.memory.held -= 1_000_000
+        until(lambda: len(server.notes) == 2)
+        told, logged = server.notes
+        server.notes.clear()
+        id = logged.split(" id=")[1].removesuffix(" failed=memory_full")
+        assert re.match(rf"tpctl serve: /v1/completions {id} after \d+ tokens broke off: requests hold ", told)
+
+        with server.ask(TEXT, body) as sock:
+            assert sock.recv(1) == b"H"
+            server.end()
+            assert b"has ended before" in everything(sock)
+        assert server.heard()[-1].endswith(" failed=ended")
 
 
 @pytest.mark.parametrize(("client", "said"), [(None, ":0"), (("::1", 5), "[::1]:5"), (("127.0.0.1", 5), "127.0.0.1:5")])

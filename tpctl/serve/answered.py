@@ -60,6 +60,7 @@ class Answered:
         self._run = run
         self._prompt_tokens = prompt_tokens
         self._stream = generation.interval > 0
+        self._failed = ""  # why a stream that had begun broke off
 
     @property
     def complete(self) -> bool:
@@ -77,7 +78,7 @@ class Answered:
         generation = self._generation
         given_up = " hung_up" if generation.given_up else ""
         tokens = f"prompt_tokens={self._prompt_tokens} completion_tokens={generation.num_tokens}"
-        return f"{tokens} id={self._writer.id}{given_up}"
+        return f"{tokens} id={self._writer.id}{given_up}{self._failed}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))
@@ -99,6 +100,13 @@ class Answered:
         if error.status == 500 and error.code is None:
             scope["app"].tell(f"{self.described} failed: {error.message}", scope)
         return error
+
+    def _broken_off(self, error: ApiError, scope: Scope) -> bytes:
+        """The same of a stream that has begun, whose status says that all is well."""
+        self._failed = f" failed={error.code or error.status}"
+        if error.status == 429:  # nobody counts it as one
+            scope["app"].tell(f"{self.described} broke off: {error.message}", scope)
+        return self._writer.broken(error)
 
     async def _at_once(self, scope: Scope, send: Send) -> None:
         try:
@@ -140,11 +148,11 @@ class Answered:
                 pieces = await self._generation.next(*taking)
             said += await self._made(writer.end)
         except ApiError as error:
-            said += writer.broken(self._broken(error, scope))
+            said += self._broken_off(self._broken(error, scope), scope)
         except Gone:
             raise
         except Exception as error:
-            said += writer.broken(scope["app"].failed(error, scope))
+            said += self._broken_off(scope["app"].failed(error, scope), scope)
         return await send({"type": "http.response.body", "body": said, "more_body": False})
 
     async def _made(self, make: Callable[..., bytes], *pieces: list[Piece]) -> bytes:
