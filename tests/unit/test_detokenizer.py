@@ -15,10 +15,12 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from tpctl.client.detokenizer import context_of, detokenizer, is_byte_token
+from tpctl.client.openai_answers import chat_logprobs
 from tpctl.client.text_stream import StopStrings, TextStream
-from tpctl.client.token_text import token_texts
+from tpctl.client.token_text import logprob_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Output
+from tpctl.wire.report import TokenLogprob
 
 
 def decode_in_pieces(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> list[str]:
@@ -255,6 +257,23 @@ def test_a_character_is_the_text_of_its_last_token(kind: str) -> None:
     assert [texts.push(id) for id in answer] == ["", "", "中"]
     assert texts.peek(answer[0]) == ""
     assert texts.peek(model.backend.token_to_id("b")) == "b"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_parts_of_characters_have_their_own_bytes(kind: str) -> None:
+    model = tokenizer(kind)
+    prompt, answer = model.encode("a"), model.encode("ab中é")[1:]
+    other, end = answer[-1], model.backend.token_to_id("<|end|>")
+    at = TokenLogprob(-0.5, ((other, -1.0), (end, -2.0)))
+    answer.append(end)
+    rows = logprob_rows(token_texts(model, prompt), answer, [at] * len(answer))
+    told = chat_logprobs(rows)["content"]
+    assert b"".join(bytes(one["bytes"]) for one in told[:-1]) == "b中é".encode()
+    assert all(len(one["bytes"]) >= 1 for one in told) and told[-1]["bytes"] == list(b"<|end|>")
+    # Where it breaks off a character, too.
+    assert {tuple(one["top_logprobs"][0]["bytes"]) for one in told} == {tuple("é".encode())}
+    assert "".join(one["token"] for one in told[:-1]) == "b中é"
+    assert "bytes" not in rows[0] and "bytes" in rows[1]
 
 
 def test_broken_bytes_do_not_spoil_the_prompt_before_them() -> None:

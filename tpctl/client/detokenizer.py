@@ -16,7 +16,7 @@ from typing import Protocol
 from tpctl.client.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LONGEST_WINDOW = 64  # tokens whose text is held back before it counts as broken for good
 _CONTEXT = 4  # tokens of a prompt that its answer is decoded behind; more where those have no text
 
@@ -45,7 +45,13 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 
 def is_byte_token(tokenizer: Tokenizer, id: int) -> bool:
     """Whether a token is one byte of sentencepiece's byte fallback."""
-    return _BYTE_TOKEN.fullmatch(tokenizer.backend.id_to_token(id) or "") is not None
+    return byte_of_token(tokenizer, id) is not None
+
+
+def byte_of_token(tokenizer: Tokenizer, id: int) -> bytes | None:
+    """The byte that such a token is; ``None``: it is none."""
+    found = _BYTE_TOKEN.fullmatch(tokenizer.backend.id_to_token(id) or "")
+    return None if found is None else bytes([int(found[1], 16)])
 
 
 def context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:

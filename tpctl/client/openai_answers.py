@@ -83,7 +83,7 @@ def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def response_logprobs(tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same of a response's, where a token without text has no bytes."""
+    """The same of a response's, where a token of which none are known has no bytes."""
     each: list[dict[str, Any]] = chat_logprobs(tokens)["content"]
     for one in each:
         for token in (one, *one["top_logprobs"]):
@@ -151,6 +151,7 @@ def _ranked(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A token of which a character's other bytes are elsewhere has no text, and bytes that are not known."""
+    """With its own bytes: a token of which a character's other bytes are elsewhere has no text, but has those."""
     text = one["token"]
-    return {"token": text, "logprob": one["logprob"], "bytes": list(text.encode("utf-8", "replace")) if text else None}
+    own = one["bytes"] if "bytes" in one else list(text.encode("utf-8", "replace")) if text else None
+    return {"token": text, "logprob": one["logprob"], "bytes": own}

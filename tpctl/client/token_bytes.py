@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from tpctl.client.detokenizer import is_byte_level, token_bytes
+from tpctl.client.detokenizer import byte_of_token, is_byte_level, token_bytes
 from tpctl.client.panics import guarded
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SOME = 8192  # tokens that are decoded together
 
 
@@ -78,8 +76,8 @@ def _all_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
     for id, name in enumerate(names):
         if name is None or id in tokenizer.special_ids:
             continue
-        if byte := _BYTE_TOKEN.fullmatch(name):
-            found[id] = bytes([int(byte[1], 16)])
+        if (byte := byte_of_token(tokenizer, id)) is not None:
+            found[id] = byte
         else:
             plain.append(id)
     # Behind a text, as answers are: a decoder may leave out the space that begins one.

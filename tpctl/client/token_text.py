@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tpctl.client.detokenizer import context_of, decode_behind, is_byte_level, is_byte_token, token_bytes
+from tpctl.client.detokenizer import byte_of_token, context_of, decode_behind, is_byte_level, is_byte_token, token_bytes
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.report import TokenLogprob
 
@@ -29,6 +29,10 @@ class TokenTexts(Protocol):
         """The text of the token ``id``, which does come next."""
         ...
 
+    def own(self, id: int) -> bytes | None:
+        """The bytes of the token ``id`` itself if it came next; ``None``: those of its text."""
+        ...
+
 
 def token_texts(tokenizer: Tokenizer, prompt: Sequence[int]) -> TokenTexts:
     """For the tokens that follow ``prompt``."""
@@ -36,12 +40,21 @@ def token_texts(tokenizer: Tokenizer, prompt: Sequence[int]) -> TokenTexts:
 
 
 def logprob_rows(texts: TokenTexts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    """Log-probabilities of tokens that follow each other, and of others in their places, with their texts."""
+    """Log-probabilities of tokens that follow each other, and of others in their places, with their texts.
+
+    A token whose bytes are not those of its text, since it is a part of a character, has ``bytes``, too.
+    """
     found = []
     for id, at in zip(token_ids, logprobs, strict=False):
-        others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in at.top]
-        found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
+        others = [_row(texts, other, value, texts.peek) for other, value in at.top]
+        found.append({**_row(texts, id, at.logprob, texts.push), "top": others})
     return found
+
+
+def _row(texts: TokenTexts, id: int, logprob: float, text_of: Callable[[int], str]) -> dict[str, Any]:
+    own, text = texts.own(id), text_of(id)
+    row = {"id": id, "token": text, "logprob": logprob}
+    return row if own is None or own == text.encode("utf-8", "replace") else {**row, "bytes": list(own)}
 
 
 def prompt_rows(
@@ -72,6 +85,10 @@ class _ByteTexts:
             return token or ""
         return self._utf8.decode(token_bytes(token))
 
+    def own(self, id: int) -> bytes | None:
+        token = self._tokenizer.backend.id_to_token(id)
+        return None if token is None or id in self._tokenizer.special_ids else token_bytes(token)
+
 
 class _ContextTexts:
     """For every other decoder: decode a token behind those before it, and see what that adds."""
@@ -98,6 +115,15 @@ class _ContextTexts:
             if text:
                 self._settle([*self._context, *self._pending])
         return text
+
+    def own(self, id: int) -> bytes | None:
+        if id in self._special:
+            return None
+        if (byte := byte_of_token(self._tokenizer, id)) is not None or not self._pending:
+            return byte
+        # Its text begins with what is shown of the character that it breaks off.
+        alone = decode_behind(self._tokenizer, self._context, self._text, [id])[len(self._text) :]
+        return alone.encode("utf-8", "replace")
 
     def _settle(self, ids: Sequence[int]) -> None:
         self._context, self._pending = context_of(self._tokenizer, ids), []
