@@ -56,6 +56,52 @@ def test_what_is_sent_ahead_is_answered_in_turn(tokenizer: Tokenizer) -> None:
         sock.close()
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize(
+    "lengths", [b"Content-Length: 6\r\nTransfer-Encoding: chunked", b"transfer-encoding: Chunked\r\ncontent-length: 0"]
+)
+def test_a_body_of_two_lengths_is_none(tokenizer: Tokenizer, before: bytes, version: bytes, lengths: bytes) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server, server.connect() as sock:
+        head = b"POST /v1/completions HTTP/%s\r\nhost: x\r\n%s\r\n\r\n" % (version, lengths)
+        sock.sendall(before + head + b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        *earlier, said = everything(sock).split(b"HTTP/1.1 ")[1:]
+        assert [one[:4] for one in earlier] == [b"200 "] * bool(before)
+        assert said.startswith(b"400 ") and b"connection: close" in said.lower()
+        assert b"both Content-Length and Transfer-Encoding" in said and not server.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "mark"),
+    [
+        (b"http://x/v1/models", 200, b'"object":"list"'),
+        (b"HTTPS://x:8000/v1/models?a=http://y/", 200, b'"object":"list"'),
+        (b"http://[::1]:8000/health", 200, b'"ready"'),
+        (b"http://x", 200, b"<html"),
+        (b"http://x?a=b", 200, b"<html"),
+        (b"http://x/nowhere", 404, b"/nowhere is not known"),
+        (b"ftp://x/health", 404, b"is not known"),
+        (b"http:///health", 400, b"no host"),
+        (b"http://:80/health", 400, b"no host"),
+        (b"http://me@x/health", 400, b"user's name"),
+    ],
+)
+def test_a_target_may_name_its_host(tokenizer: Tokenizer, target: bytes, status: int, mark: bytes) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server, server.connect() as sock:
+        sock.sendall(b"GET %s HTTP/1.1\r\nhost: y\r\nconnection: close\r\n\r\n" % target)
+        said = everything(sock)
+        assert said.startswith(b"HTTP/1.1 %d " % status) and mark in said, said[:500]
+
+
+def test_the_host_of_a_target_is_what_counts(tokenizer: Tokenizer) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        for named, host, status in ((b"evil.example", b"127.0.0.1", 403), (b"127.0.0.1", b"evil.example", 200)):
+            with server.connect() as sock:
+                sock.sendall(b"GET http://%s/v1/models HTTP/1.1\r\nhost: %s\r\n" % (named, host))
+                sock.sendall(b"origin: http://%s\r\nconnection: close\r\n\r\n" % named)
+                assert everything(sock).startswith(b"HTTP/1.1 %d " % status)
+
+
 @pytest.mark.parametrize("ahead", ["connection: close\r\n", "", "connection: close\r\nexpect: 100-continue\r\n"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, version: str, ahead: str) -> None:

@@ -13,6 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpctl.serve.errors import ApiError
+from tpctl.serve.heads import checked
 from tpctl.serve.lingering import Lingering
 from tpctl.serve.sockets import LOOK_SECONDS, Peer
 from tpctl.serve.straight import STATE
@@ -125,7 +126,10 @@ class Connection(H11Protocol):
 
 
 class _Requests(h11.Connection):
-    """h11's, which calls an empty line before a request wrong. Many clients send one behind a body."""
+    """h11's, which calls an empty line before a request wrong. Many clients send one behind a body.
+
+    Heads are ``checked``.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
@@ -139,7 +143,8 @@ class _Requests(h11.Connection):
                 if rest := rest.lstrip(b"\r\n"):  # nothing would be an end
                     self.receive_data(rest)
         try:
-            return super().next_event()
+            event = super().next_event()
+            return checked(event) if isinstance(event, h11.Request) else event
         except h11.RemoteProtocolError as error:
             self._wrong = error
             raise
