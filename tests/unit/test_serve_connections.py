@@ -28,7 +28,7 @@ from tpctl.serve import connection as connection_module
 from tpctl.serve import run as run_module
 from tpctl.serve import server as server_module
 from tpctl.serve.app import App
-from tpctl.serve.connection import Connection
+from tpctl.serve.connection import Connection, _Requests
 from tpctl.serve.straight import Straight
 from tpctl.serve.threads import Threads
 
@@ -206,6 +206,23 @@ def test_a_connection_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:
                 assert connections()
                 sock.close()
             until(lambda: connections() <= 2)
+        finally:
+            gc.enable()
+
+
+def test_what_is_no_http_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:
+    def left() -> int:
+        return sum(type(one) is _Requests for one in gc.get_objects())
+
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                with server.connect() as sock:
+                    sock.sendall(b"NO\r\n\r\n")
+                    assert everything(sock).startswith(b"HTTP/1.1 400 ")
+            until(lambda: left() <= 2)
         finally:
             gc.enable()
 

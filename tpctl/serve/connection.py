@@ -12,6 +12,7 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tpctl.errors import again
 from tpctl.serve.errors import ApiError
 from tpctl.serve.heads import checked
 from tpctl.serve.lingering import Lingering
@@ -146,8 +147,9 @@ class _Requests(h11.Connection):
             event = super().next_event()
             return checked(event) if isinstance(event, h11.Request) else event
         except h11.RemoteProtocolError as error:
-            self._wrong = error
-            raise
+            self._wrong = again(error)
+            error.__traceback__ = None  # h11's frames hold it and this: a circle, which only a collection would end
+        raise again(self._wrong)
 
     def refusal(self) -> ApiError:
         """What is wrong with what came."""
