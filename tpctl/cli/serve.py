@@ -13,6 +13,7 @@ import typer
 
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.engine import describe, engine_args, lend_ranks, prepare, say_context, say_nodes
+from tpctl.cli.log import Log
 from tpctl.cli.options import (
     CHAT_CPU_TOKENS,
     MODEL_HELP,
@@ -151,6 +152,7 @@ def serve(
     with ExitStack() as stack:
         from tpctl.serve.sockets import listen, url_of
 
+        log = stack.enter_context(Log())
         sock = stack.enter_context(listen(server.host, server.port))
         at_hand = TemplateAtHand(template)
         config = _configured(model, engine, server.replicas, at_hand, nodes)
@@ -162,12 +164,12 @@ def serve(
         def ready(info: EngineInfo) -> None:
             say_context(info)
             many = f"{server.replicas} engines, each " if server.replicas > 1 else ""
-            note(f"{model} is ready ({many}{describe(info)})")
-            note(f"Uvicorn running on {url_of(sock)} (Press CTRL+C to quit)")
+            log.note(f"{model} is ready ({many}{describe(info)})")
+            log.note(f"Uvicorn running on {url_of(sock)} (Press CTRL+C to quit)")
 
         at_once = config.max_num_seqs * server.replicas
         tokenizer = at_hand.tokenizer(config.text_dir)
-        early = run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note, signalled=come)
+        early = run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=log.note, signalled=come)
     if early is not None:
         note(f"tpctl: interrupted before {model} was ready")
         raise typer.Exit(128 + early)
