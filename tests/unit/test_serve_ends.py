@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tpctl.client import guides
 from tpctl.client.grammar_process import GrammarProcesses
 from tpctl.client.template import ChatTemplate
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve import lingering
 from tpctl.serve import run as run_module
 from tpctl.serve.asked import Reader
 from tpctl.serve.errors import ApiError
@@ -265,6 +267,63 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_end(tokenizer: Tokeniz
         said = r"tpctl serve: 1 answer was not read to the end: /v1/completions cmpl-\w+ after 160000 tokens"
         assert re.fullmatch(said, unread)
         sock.close()
+
+
+@pytest.mark.parametrize("what", ["answered", "half a head", "goes on sending"])
+def test_an_end_waits_for_no_connection_without_work(
+    tokenizer: Tokenizer, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lingering, "SILENT_SECONDS", PATIENCE)
+    monkeypatch.setattr(lingering, "LONGEST_SECONDS", PATIENCE)
+    with running(tokenizer, FakeEngine(tokenizer), drain=PATIENCE) as server, server.connect() as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert everything(sock, b'{"status":"ready"}').startswith(b"HTTP/1.1 200 ")
+        if what == "half a head":
+            sock.sendall(b"GET /hea")
+        elif what == "goes on sending":
+            sock.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\nab")
+            assert sock.recv(12) == b"HTTP/1.1 404"
+        begun = time.monotonic()
+        server.end()
+        while server.thread.is_alive() and time.monotonic() - begun < PATIENCE / 2:
+            with suppress(ConnectionError):
+                if what == "goes on sending":
+                    sock.sendall(b"x")
+            time.sleep(0.01)
+        assert time.monotonic() - begun < PATIENCE / 2
+        assert server.heard() == []
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_half_a_body_is_refused_once_the_end_begins(tokenizer: Tokenizer, dies: bool) -> None:
+    """Before what is under way ends, and whether it came before the signal or after it."""
+    half = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\nabc"
+    engine = FakeEngine(tokenizer)
+    with running(tokenizer, engine, drain=PATIENCE) as server, server.connect() as before:
+        before.sendall(half)
+        app: Any = server.server._app  # type: ignore[union-attr]
+        until(lambda: app._arriving)
+        begun = time.monotonic()
+        if dies:
+            engine.die()
+            assert b'"code":"engine_ended"' in everything(before, b"}}")
+            server.thread.join(PATIENCE)
+            assert server.failed is not None
+        else:
+            engine.gate.clear()
+            stream = server.ask("/v1/completions", {"prompt": "ab", "stream": True})
+            until(lambda: len(engine.open) == 1)
+            server.end()
+            with server.connect() as after:
+                until(lambda: _health(server) == (503, {"status": "ending"}))
+                after.sendall(half)
+                for sock in (before, after):
+                    said = everything(sock, b"}}")
+                    assert said.startswith(b"HTTP/1.1 503 ") and b'"code":"ending"' in said
+            engine.gate.set()
+            assert everything(stream).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert len(server.heard()) == 1
+        assert time.monotonic() - begun < PATIENCE / 2
 
 
 def test_an_engine_that_ends_takes_the_server_with_it(tokenizer: Tokenizer) -> None:

@@ -87,6 +87,8 @@ class App:
         self._note, self._access = note, access
         self._date = (0, b"")
         self.under_way = UnderWay()
+        self._arriving: set[Interruptible] = set()
+        self._ended: ApiError | None = None
         posts: dict[str, Post] = {
             "/v1/chat/completions": endpoints.chat,
             "/v1/completions": endpoints.complete,
@@ -162,8 +164,21 @@ class App:
         return answer
 
     async def read(self, scope: Scope, receive: Receive, holding: Holding) -> dict[str, Any]:
-        """A request's body, without what is null."""
-        return given(await read_object(scope, receive, self._max_body, holding, self._body_seconds))
+        """A request's body, without what is null. Raises also what ``end`` is told, which waits for none."""
+        if self._ended is not None:
+            raise self._ended
+        with Interruptible() as arriving:
+            self._arriving.add(arriving)
+            try:
+                return given(await read_object(scope, receive, self._max_body, holding, self._body_seconds))
+            finally:
+                self._arriving.remove(arriving)
+
+    def end(self, reason: ApiError) -> None:
+        """Refuse all bodies that are not there yet."""
+        self._ended = self._ended or reason
+        for one in list(self._arriving):
+            one.interrupt(reason)
 
     async def _metrics(self, request: Request) -> Any:
         pool = self.pool

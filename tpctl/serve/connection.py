@@ -104,9 +104,14 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._lingering.lost()
 
+    def shutdown(self) -> None:
+        """The server ends: so does this, behind the answer that is under way."""
+        self._lingering.hurry()
+        super().shutdown()
+
     def _lingers(self) -> bool:
         """Whether its client may be sending still: not between two requests."""
-        return self.conn.their_state not in (h11.IDLE, h11.CLOSED)
+        return not self.conn.ended_idle and self.conn.their_state not in (h11.IDLE, h11.CLOSED)
 
     def _look(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
@@ -130,11 +135,20 @@ class _Requests(h11.Connection):
     """h11's, which calls an empty line before a request wrong. Many clients send one behind a body.
 
     Heads are ``checked``.
+
+    Attributes:
+        ended_idle: whether the server ended it between two requests.
     """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
         self._wrong: h11.RemoteProtocolError | None = None
+        self.ended_idle = False
+
+    def send(self, event: Any) -> Any:
+        if type(event) is h11.ConnectionClosed and self.our_state is h11.IDLE is self.their_state:
+            self.ended_idle = True  # the states do not say so afterwards
+        return super().send(event)
 
     def next_event(self) -> Any:
         if self.their_state is h11.IDLE is self.our_state:

@@ -17,6 +17,9 @@ SILENT_SECONDS = 2.0
 LONGEST_SECONDS = 30.0
 """In which a client may go on sending."""
 
+ENDING_SECONDS = 0.3
+"""The same, and for silence, once the server itself is ending."""
+
 
 class Lingering:
     """asyncio's transport, whose ``close`` asks ``wanted`` whether to linger.
@@ -33,6 +36,7 @@ class Lingering:
         self._wanted = wanted
         self._loop = asyncio.get_running_loop()
         self._ends = 0.0
+        self._hurried = False
         self._dropped = False  # something since it was looked for
         self._timer: asyncio.TimerHandle | None = None
 
@@ -52,8 +56,16 @@ class Lingering:
         except OSError:  # the other end has gone
             self._transport.close()
             return
-        self._ends = self._loop.time() + LONGEST_SECONDS
+        self._ends = self._loop.time() + (ENDING_SECONDS if self._hurried else LONGEST_SECONDS)
         self._wait()
+
+    def hurry(self) -> None:
+        """Wait for little more, from now on, whether this lingers or will."""
+        self._hurried = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._ends = min(self._ends, self._loop.time() + ENDING_SECONDS)
+            self._wait()
 
     def drop(self) -> None:
         """Something came that nobody reads any more."""
@@ -67,7 +79,7 @@ class Lingering:
 
     def _wait(self) -> None:
         self._dropped = False
-        self._timer = self._loop.call_later(SILENT_SECONDS, self._look)
+        self._timer = self._loop.call_later(ENDING_SECONDS if self._hurried else SILENT_SECONDS, self._look)
 
     def _look(self) -> None:
         if self._dropped and self._loop.time() < self._ends:

@@ -102,7 +102,8 @@ class Server(uvicorn.Server):
         if self._signals > 1:
             self._give_up()
             return
-        self._pool.closing = ApiError(503, "the server is ending", code="ending", retry_after=5)
+        self._pool.closing = reason = ApiError(503, "the server is ending", code="ending", retry_after=5)
+        self._app.end(reason)
         if count := len(self._app.under_way):
             many, them = ("1 request is", "it") if count == 1 else (f"{count} requests are", "them")
             self._note(
@@ -113,6 +114,7 @@ class Server(uvicorn.Server):
 
     def failed(self, reason: TpctlError) -> None:
         """An engine has ended: so does this, once its clients have been told."""
+        self._app.end(ApiError(500, f"the engine has ended: {reason}", code="engine_ended"))
         self._ending.set()
         asyncio.get_running_loop().call_later(min(self._drain, 5.0), self._give_up)
 
