@@ -13,12 +13,13 @@ import pytest
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.thinking import GPT_OSS, INSTRUCT, OPENS, QWEN3, THINK, TURNS, Model
+from tpctl.cli.options import read_schema
 from tpctl.client import guides
 from tpctl.client.guides import check_guide, guided
 from tpctl.client.results import differing
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.guiding.grammars import Grammars
-from tpctl.errors import RequestError
+from tpctl.errors import RequestError, UsageError
 from tpctl.wire.guide import MOST_CHARACTERS, Guide, of_schema
 from tpctl.wire.sampling import SamplingParams
 
@@ -167,6 +168,12 @@ def test_what_cannot_be_enforced_may_be_left_out() -> None:
     asked = {"type": "object", "properties": {"a": {"type": "null"}}, "unevaluatedProperties": False}
     form = {"type": "json_schema", "json_schema": {"schema": asked, "strict": False}}
     check_guide(SamplingParams(response_format=form).guide)
+
+
+def test_a_file_s_schema_can_only_do_without_a_keyword(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "uniqueItems": true}')
+    with pytest.raises(UsageError, match=r'schema.json: uniqueItems cannot be enforced; leave out \(at "#"\)'):
+        read_schema(tmp_path / "schema.json")
 
 
 def test_a_batch_does_not_go_on_under_another_schema() -> None:

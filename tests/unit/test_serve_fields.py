@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ FORMS: list[tuple[dict[str, Any], str, Any]] = [
     ({"structured_outputs": {"choice": ["x"]}}, "choice", ("x",)),
     ({"structured_outputs": {"json_object": True}}, "response_format", {"type": "json_object"}),
 ]
+UNIQUE = {"type": "array", "uniqueItems": True}
+UNSURE = (
+    'uniqueItems cannot be enforced; leave out, or ask by response_format, and say "strict": false beside the schema'
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,14 @@ def test_forms_by_vllm_s_names(tokenizer: Tokenizer, asked: dict[str, Any], name
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "guided_json and guided_regex are both set"),
         ({"guided_regex": "a", "regex": "b"}, "guided_regex", "guided_regex and regex are both set"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "are both set; an answer can"),
-        ({"guided_json": {}, "choice": ["a"]}, None, "response_format and choice are both set"),
+        ({"guided_json": {}, "choice": ["a"]}, "choice", "guided_json and choice are both set"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs.regex",
+            "response_format and structured_outputs.regex are both set",
+        ),
+        ({"guided_json": UNIQUE}, "guided_json", f"guided_json: {UNSURE}"),
+        ({"structured_outputs": {"json": UNIQUE}}, "structured_outputs.json", f"structured_outputs.json: {UNSURE}"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "is false, which tpctl cannot do; leave it out"),
         ({"skip_special_tokens": 1}, "skip_special_tokens", "is 1, which tpctl cannot do"),
         ({"use_beam_search": True}, "use_beam_search", "is true, which tpctl cannot do"),
@@ -100,6 +112,33 @@ def test_what_is_not_one_thing_is_refused(
             found = error(client.post(path, json={**body, **asked}), 400)
             assert said in found.message and found.param == param
         assert not server.notes and not server.engines[0].requests
+
+
+def test_a_schema_is_refused_by_the_name_that_it_was_given_by(tokenizer: Tokenizer) -> None:
+    asked = {"type": "json_schema", "name": "a", "schema": UNIQUE, "strict": True}
+    with served(tokenizer) as (client, _):
+        found = error(client.post("/v1/responses", json={"input": "Hi", "text": {"format": asked}}), 400)
+        assert 'leave out, or say "strict": false beside the schema' in found.message
+        body = {"input": "Hi", "text": {"format": asked}, "regex": "a"}
+        found = error(client.post("/v1/responses", json=body), 400)
+        assert (found.param, found.message[:36]) == ("regex", "text.format and regex are both set; ")
+
+
+def test_without_the_package_forms_are_refused_by_their_names(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    said = "this needs the llguidance package, which is not installed; pip install 'tpctl[guided]'"
+    form = {"type": "json_schema", "name": "a", "schema": {"type": "object", "maxProperties": 7}, "strict": True}
+    with served(tokenizer) as (client, _):
+        for path, body, name in (
+            (CHAT, chat(guided_choice=["not", "had"]), "guided_choice"),
+            (TEXT, {"prompt": "a", "structured_outputs": {"choice": ["not", "had"]}}, "structured_outputs.choice"),
+            (TEXT, {"prompt": "a", "choice": ["not", "had"]}, "choice"),
+            ("/v1/responses", {"input": "Hi", "text": {"format": form}}, "text.format"),
+        ):
+            found = error(client.post(path, json=body), 400)
+            assert (found.param, found.message) == (name, f"{name}: {said}")
 
 
 def test_what_asks_for_nothing_is_let_pass(tokenizer: Tokenizer) -> None:

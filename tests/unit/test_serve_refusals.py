@@ -117,7 +117,7 @@ def error(response: Any, status: int) -> ErrorObject:
             'guided_json: "maxlength" is no keyword and would ask for nothing; is maxLength meant? (at "#")',
         ),
         (CHAT, chat(regex="(a"), "regex", "regex: "),
-        (CHAT, chat(regex="a", choice=["a"]), None, "regex"),
+        (CHAT, chat(regex="a", choice=["a"]), "choice", "regex"),
         (CHAT, chat(stop=[""]), "stop", 'stop is [""], but must be a string or a list of strings, none empty'),
         (
             CHAT,

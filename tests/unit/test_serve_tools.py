@@ -289,6 +289,11 @@ def test_a_form_that_the_engine_has_no_text_for_is_named_as_it_was_asked_for(tok
         ):
             found = error(client.post(path, json=body), 400)
             assert found.param == param and found.message.startswith(f"{name}: the grammar has no text that"), body
+        found = error(client.post(CHAT, json=chat(guided_json={**schema, "uniqueItems": True}, tools=TOOLS)), 400)
+        assert found.message.startswith(
+            "guided_json beside tools: uniqueItems cannot be enforced; leave out, or ask by"
+        )
+        assert found.param == "tools"
 
 
 def test_calls_of_a_response(tokenizer: Tokenizer) -> None:

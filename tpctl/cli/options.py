@@ -257,6 +257,7 @@ def read_schema(file: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, or holds no schema that can be enforced.
     """
     from tpctl.client.guides import check_guide
+    from tpctl.client.schema_words import LENIENT
     from tpctl.wire.guide import of_schema
     from tpctl.wire.sampling import SamplingParams
 
@@ -274,7 +275,8 @@ def read_schema(file: Path) -> dict[str, Any]:
     try:
         check_guide(SamplingParams(response_format=asked).guide)
     except RequestError as error:
-        raise UsageError(f"--json-schema {file}{str(error).removeprefix('response_format')}") from None
+        said = str(error).removeprefix("response_format")
+        raise UsageError(f"--json-schema {file}{said.replace(f', or {LENIENT}', '')}") from None
     return asked
 
 

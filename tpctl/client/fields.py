@@ -7,9 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from tpctl.client.schema_words import LENIENT
 from tpctl.errors import RequestError, shown
+from tpctl.wire.guide import BESIDE_TOOLS, TwoForms
 
-_FIRST = re.compile(r"\w+(?= is |: )")  # the field that a message begins with
+_FIRST = re.compile(rf"\w+(?= is |: |{BESIDE_TOOLS}: )")  # the field that a message begins with
+
+_STRICT = frozenset({"text.format"})
+"""Other names of ``response_format`` where "strict" may stand beside the schema."""
 
 
 class FieldError(RequestError):
@@ -34,7 +39,7 @@ class UnreadVariable(RequestError):
 
 @contextmanager
 def asked_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors name what somebody asked for as he did.
+    """Errors name what somebody asked for as he did, and advise what can be said there.
 
     Args:
         names: what it was asked for as, by the name of the field or the template's variable that it became.
@@ -46,12 +51,18 @@ def asked_as(names: Mapping[str, str]) -> Iterator[None]:
             raise
         said = f"{name} is given, but the model's chat template reads no {error.variable}; leave it out"
         raise FieldError(said, name) from None
+    except TwoForms as error:
+        one, other = (names.get(name, name) for name in error.names)
+        raise FieldError(str(TwoForms(one, other)), other) from None
     except RequestError as error:
         said = str(error)
         found = _FIRST.match(said)
         if found is None or (name := names.get(found[0])) is None:
             raise
-        raise FieldError(name + said[found.end() :], name) from None
+        said = name + said[found.end() :]
+        if found[0] == "response_format" and name not in _STRICT:
+            said = said.replace(LENIENT, f"ask by response_format, and {LENIENT}")
+        raise FieldError(said, "tools" if said.startswith(f"{name}{BESIDE_TOOLS}") else name) from None
 
 
 def given(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def check_installed(guide: Guide) -> None:
         import llguidance  # noqa: F401
     except ImportError:
         raise RequestError(
-            f"{guide.name} needs the llguidance package; install it: pip install 'tpctl[guided]'"
+            f"{guide.name}: this needs the llguidance package, which is not installed; pip install 'tpctl[guided]'"
         ) from None
 
 

@@ -39,6 +39,10 @@ _OLDER = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 _EXACT = 1 << 53
 
 
+LENIENT = 'say "strict": false beside the schema'
+"""What a message advises; not every field that a schema comes from can have that."""
+
+
 def unenforced(schema: Mapping[str, Any]) -> str | None:
     """What of a schema would not be held to, as one line that names the keyword and where it is; ``None``: nothing.
 
@@ -85,7 +89,7 @@ def named(message: str) -> str:
 def _problem(schema: Mapping[str, Any], draft: str) -> str | None:
     """What would be left out of account of one schema, without those in it."""
     if refused := sorted(REFUSED & schema.keys()):
-        return f'{", ".join(refused)} cannot be enforced; leave out, or say "strict": false beside the schema'
+        return f"{', '.join(refused)} cannot be enforced; leave out, or {LENIENT}"
     for word in schema.keys() - ENFORCED:
         if (meant := _SPELLED.get(_letters(word))) is not None:
             return f"{shown(word)} is no keyword and would ask for nothing; is {meant} meant?"

@@ -30,6 +30,18 @@ made; calls whose arguments have a schema."""
 _SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 
 
+class TwoForms(RequestError):
+    """Two fields each ask for a form.
+
+    Attributes:
+        names: theirs.
+    """
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other} are both set; an answer can have one form")
+        self.names = (one, other)
+
+
 class Guide(NamedTuple):
     """A grammar: ``kind`` is "json", "regex", "choice" (a JSON list) or "lark"; ``lenient``: of a JSON schema, ignore
     what cannot be enforced. ``name`` is the field that it comes from, or what else messages call it."""
@@ -92,7 +104,7 @@ def guide_of(values: Mapping[str, Any], called: str | None = None) -> Guide | No
     if not given:
         return None
     if len(given) > 1:
-        raise RequestError(f"{given[0]} and {given[1]} are both set; an answer can have one form")
+        raise TwoForms(given[0], given[1])
     field, value, name = given[0], values[given[0]], called or given[0]
     if field == "response_format":
         asked = value.get("json_schema", {})
