@@ -148,6 +148,8 @@ def test_a_text_may_begin_with_its_prompt(tokenizer: Tokenizer, tmp_path: Path) 
         ({"custom_id": "x", "method": "POST", "url": CHAT, "body": []}, "body is [], but must be a JSON object"),
         (line("x", chat("a"), priority=1), "unknown field 'priority'; known: body, custom_id, method, url"),
         (line(5, chat("a")), "custom_id is 5, but must be a string"),
+        (line("", chat("a")), 'custom_id is "", but must be a string that is not empty'),
+        ({"custom_id": "x", "url": CHAT, "body": chat("a")}, "method is null, but must be POST"),
         (line(None, chat("a")), "has no custom_id"),
         (line("x", chat("a", response_format={"type": "json"})), 'response_format: type is "json", but must be "text"'),
         (line("x", chat("a", tools=[{"type": "function"}])), "tool 1: function is null, but must be a JSON object"),
@@ -172,7 +174,7 @@ def test_a_text_may_begin_with_its_prompt(tokenizer: Tokenizer, tmp_path: Path) 
         (line("x", {**chat("a"), "echo": True}), "unknown field 'echo' in the body of a request to /v1/chat/compl"),
         (line("x", {"prompt": "a", "max_tokens": -1}, TEXT), "max_tokens is -1, but must be at least 0"),
         (line("x", {"prompt": [[5], [6]]}, TEXT), "prompt is [[5], [6]], but must be one string, or the token ids of"),
-        (line("x", {"prompt": []}, TEXT), "prompt is [], but must be one string, or the token ids of one prompt"),
+        (line("x", {"prompt": []}, TEXT), "or the token ids of one prompt, not empty; give"),
         (line("x", {"prompt": [5, "a"]}, TEXT), 'prompt has "a" at place 1, but begins with a token id'),
         (line("x", {"prompt": [5, 300]}, TEXT), "prompt holds token 300, but the model knows ids 0 to"),
         (line("x", {"prompt": [5] * 65}, TEXT), "the prompt has 65 tokens"),
@@ -193,6 +195,43 @@ def test_what_cannot_be_run_is_that_lines_error_alone(
     assert bad["custom_id"] == (entry["custom_id"] if isinstance(entry["custom_id"], str) else None)
 
 
+@pytest.mark.parametrize(
+    ("body", "url", "param"),
+    [
+        (chat("a", max_tokens=0), CHAT, "max_tokens"),
+        (chat("a", max_completion_tokens=0), CHAT, "max_completion_tokens"),
+        (chat("a", temperature=-1), CHAT, "temperature"),
+        (chat("a", regex="stuck"), CHAT, "regex"),
+        (chat("a", tools=[{"type": "function"}]), CHAT, "tools"),
+        (chat("a" * 70), CHAT, "messages"),
+        ({"messages": []}, CHAT, "messages"),
+        ({"model": "m"}, CHAT, "messages"),
+        ({"model": "m"}, TEXT, "prompt"),
+        ({"prompt": ""}, TEXT, "prompt"),
+        ({"prompt": []}, TEXT, "prompt"),
+        ({"prompt": [5, 300]}, TEXT, "prompt"),
+        ({"prompt": [5] * 65}, TEXT, "prompt"),
+        ({"prompt": "a", "colour": 1}, TEXT, "colour"),
+        ({"prompt": "a", "stop": [1]}, TEXT, "stop"),
+        ({"prompt": "refuse"}, TEXT, None),
+    ],
+)
+def test_errors_name_the_field_as_the_server_does(
+    tokenizer: Tokenizer, tmp_path: Path, body: dict[str, Any], url: str, param: str | None
+) -> None:
+    prompts = write_lines(tmp_path / "in.jsonl", [line("x", body, url)])
+    assert answer(tokenizer, prompts, tmp_path / "out.jsonl").errors == 1
+    (found,) = answers(read_lines(tmp_path / "out.jsonl")).values()
+    assert found.param == param, found
+
+
+def test_tokens_that_are_not_told_are_not_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = [line("none", {"prompt": "abc", "max_tokens": 0}, TEXT), line("some", {"prompt": "abc"}, TEXT)]
+    done = answer(tokenizer, write_lines(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl")
+    counted = [row["response"]["body"]["usage"]["completion_tokens"] for row in read_lines(tmp_path / "out.jsonl")]
+    assert counted[0] == 0 and done.completion_tokens == counted[1] > 0
+
+
 def test_what_asks_for_nothing_more_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
     harmless: Any = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "stream": False}
     body = {**chat("a", user="u", metadata={"a": "b"}, **harmless), "top_k": 5, "chat_template_kwargs": {}}
@@ -208,7 +247,8 @@ def test_an_answer_of_several_that_fails_fails_its_line(tokenizer: Tokenizer, tm
     assert bad["response"]["status_code"] == 500 and "the engine refuses" in bad["response"]["body"]["error"]["message"]
     assert not fake._open
     assert once["response"]["status_code"] == 200
-    assert "'twice' was used before" in twice["response"]["body"]["error"]["message"]
+    said = "line 3: custom_id 'twice' was used before; ids must differ"
+    assert twice["response"]["body"]["error"]["message"] == said
 
 
 def test_lines_of_two_forms_are_refused_by_number(tokenizer: Tokenizer, tmp_path: Path) -> None:

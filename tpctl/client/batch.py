@@ -259,7 +259,8 @@ class Batch:
             except TpctlError as error:  # the tokenizer cannot decode this answer; others go on
                 stopped += [output.id, *self._give_up(answers, str(error))]
                 continue
-            self.tally.completion_tokens += len(stream.token_ids) - before
+            if answers.job.echo is None or not answers.job.echo.scored:  # else they are not told
+                self.tally.completion_tokens += len(stream.token_ids) - before
             if stream.finish_reason is None:
                 continue
             if stream.finish_reason == "error":

@@ -64,7 +64,6 @@ class Form(Protocol):
     Attributes:
         id_field: the field that a line's id is in.
         id_needed: a line without one is refused; otherwise it has its number.
-        refused: what the row of a line that cannot be run has besides.
     """
 
     @property
@@ -73,8 +72,8 @@ class Form(Protocol):
     @property
     def id_needed(self) -> bool: ...
 
-    @property
-    def refused(self) -> Mapping[str, Any]: ...
+    def refused(self, reason: Exception, *, chat: bool) -> Mapping[str, Any]:
+        """What the row of a line has besides that cannot be run for a ``reason``; ``chat``: it has messages."""
 
     def beside(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What the row of a line has besides the answer."""
@@ -107,8 +106,7 @@ class OwnForm:
     def id_needed(self) -> bool:
         return self.id_of is not None
 
-    @property
-    def refused(self) -> Mapping[str, Any]:
+    def refused(self, reason: Exception, *, chat: bool) -> Mapping[str, Any]:
         return {}
 
     @property

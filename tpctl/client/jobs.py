@@ -19,7 +19,7 @@ from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.echoed import Echo, PromptLogprobs
-from tpctl.client.fields import asked_as
+from tpctl.client.fields import FieldError, asked_as
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
 from tpctl.client.guides import called
 from tpctl.client.router import check_length
@@ -28,7 +28,7 @@ from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.client.tool_grammar import formed
 from tpctl.client.tool_stream import check_tools
 from tpctl.client.tools.asked import Tools, with_tools
-from tpctl.errors import SourceError, TpctlError, shown
+from tpctl.errors import SourceError, TpctlError, shorten, shown
 from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.sampling import SamplingParams
@@ -176,6 +176,8 @@ class JobParser:
         form = self._form()
         id: JobId = None if form.id_needed else line.number
         beside: Mapping[str, Any] = {}
+        asked: Mapping[str, Any] = {}
+        why: Exception
         try:
             entry = _load(line.raw)
             beside = form.beside(entry)
@@ -188,18 +190,19 @@ class JobParser:
                 if isinstance(given, str):
                     check_text(given, form.id_field)
                 id = given
-            self._check_new(line, id)
+            self._check_new(line, id, form)
             wanted = form.wanted(entry)
+            asked = wanted.fields
             with asked_as(wanted.names):
-                return self._job(line, id, wanted, beside, form.refused)
+                return self._job(line, id, wanted, beside, form)
         except (_Refused, TpctlError) as error:
-            message = f"{line.named}: {error}"
+            message, why = f"{line.named}: {error}", error
         except Exception as error:  # one line must never end the run, whatever a library makes of it
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            message = f"{line.named}: cannot be used: {said}"
-        return BadLine(line, id, message, {**beside, **form.refused})
+            message, why = f"{line.named}: cannot be used: {said}", error
+        return BadLine(line, id, message, {**beside, **form.refused(why, chat="messages" in asked)})
 
-    def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any], refused: Mapping[str, Any]) -> Job:
+    def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any], form: Form) -> Job:
         entry = wanted.fields
         if unknown := sorted(entry.keys() - FIELDS):
             raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
@@ -213,8 +216,8 @@ class JobParser:
         check_length(len(token_ids), self._max_model_len)
         if not isinstance(entry.get("prompt"), str | None):
             check_ids(token_ids, self._vocab_size, "prompt")
-        form = self._tokenizer.reasoning if "messages" in entry else None
-        sampling = called(formed(sampling, self._tokenizer, token_ids, form, wanted.tools), wanted.names)
+        thoughts = self._tokenizer.reasoning if "messages" in entry else None
+        sampling = called(formed(sampling, self._tokenizer, token_ids, thoughts, wanted.tools), wanted.names)
         echo = None
         if wanted.echo or wanted.scored:
             text = entry["prompt"]
@@ -223,7 +226,9 @@ class JobParser:
             told = PromptLogprobs(sampling.prompt_logprobs, sampling.logprobs if wanted.echo else None)
             echo = Echo(text if wanted.echo else None, told, wanted.scored)
             sampling = replace(sampling, prompt_logprobs=told.most)
-        chat, tools = "messages" in entry, wanted.tools
+        chat, tools, refused = "messages" in entry, wanted.tools, dict[str, Any]()
+        if sampling.guide is not None:
+            refused |= form.refused(FieldError("", sampling.guide.field), chat=chat)
         return Job(line, id, token_ids, sampling, stop, chat, wanted.choices, tools, echo, beside, refused)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any], tools: Tools | None) -> list[int]:
@@ -250,11 +255,12 @@ class JobParser:
             raise _Refused("the prompt is empty")
         return self._tokenizer.encode(prompt, most=self._max_model_len - 1)
 
-    def _check_new(self, line: Line, id: JobId) -> None:
+    def _check_new(self, line: Line, id: JobId, form: Form) -> None:
         # Not hash(): it is the same for -1 and -2, and for n and n + 2**61 - 1.
         key = blake2b(repr((type(id).__name__, id)).encode(), digest_size=8).digest()
         if key in self._seen if self._repeated is None else self._repeated(line):
-            raise _Refused(f"id {id!r} was used before; ids must differ (without one, the line number is taken)")
+            otherwise = "" if form.id_needed else " (without one, the line number is taken)"
+            raise _Refused(f"{form.id_field} {shorten(repr(id))} was used before; ids must differ{otherwise}")
         if self._repeated is None:
             self._seen.add(key)
 

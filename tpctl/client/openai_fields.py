@@ -6,11 +6,13 @@ cannot do, is refused by name; one that changes no answer is not looked at.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from tpctl.client import vllm_fields
 from tpctl.client.fields import FieldError, flag, refuse, whole
+from tpctl.client.forms import FIELDS as OWN_FIELDS
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted
 from tpctl.client.openai_schemas import (
     CHAT,
@@ -26,12 +28,23 @@ from tpctl.client.openai_schemas import (
     VERBOSITY,
 )
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
-from tpctl.client.tools.asked import read_tools
+from tpctl.client.tools.asked import ToolsError, read_tools
 from tpctl.errors import shown
 from tpctl.wire.ranges import MAX_LOGPROBS
 
 _SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}) | {"stop", "chat_template_kwargs"}
 """Fields that mean what tpctl's own of that name mean; some are those that other servers add."""
+
+_FIRST = re.compile(r"(?:the )?(message|\w+)(?: \d+)?(?: is| holds| has|:) ")
+
+
+def param_of(reason: Exception) -> str | None:
+    """The field of a body that an error is about: that which it names, or begins with; ``None``: no one field."""
+    if isinstance(reason, FieldError | ToolsError):
+        return reason.param
+    found = _FIRST.match(str(reason))
+    name = None if found is None else {"message": "messages"}.get(found[1], found[1])
+    return name if name in OWN_FIELDS else None
 
 
 def check_names(body: dict[str, Any], path: str, others: Collection[str] = ()) -> None:

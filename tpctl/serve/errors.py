@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
-from tpctl.client.fields import FieldError
-from tpctl.client.forms import FIELDS
 from tpctl.client.openai_answers import error
-from tpctl.client.tools.asked import ToolsError
+from tpctl.client.openai_fields import param_of
 from tpctl.errors import BusyError, CheckpointError, RequestError, TpctlError, printable, shorten
 
 LONGEST = 1000
 """Characters of a message, whatever it repeats of a request."""
-
-_FIRST = re.compile(r"(?:the )?(message|\w+)(?: \d+)?(?: is| holds| has|:) ")
 
 
 class ApiError(Exception):
@@ -50,10 +44,8 @@ class ApiError(Exception):
     def of(cls, reason: TpctlError) -> ApiError:
         """What the world's fault is to a client: its own where the request is wrong."""
         said = str(reason)
-        if isinstance(reason, FieldError | ToolsError):
-            return cls(400, said, param=reason.param)
         if isinstance(reason, RequestError):
-            return cls(400, said, param=_field(said))
+            return cls(400, said, param=param_of(reason))
         if isinstance(reason, CheckpointError):  # of a model that has no chat template, or one that does not compile
             return cls(400, said)
         if isinstance(reason, BusyError):
@@ -76,10 +68,3 @@ class ApiError(Exception):
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         return found
-
-
-def _field(said: str) -> str | None:
-    """The field that a message begins with, if it does with one."""
-    found = _FIRST.match(said)
-    name = None if found is None else {"message": "messages"}.get(found[1], found[1])
-    return name if name in FIELDS else None

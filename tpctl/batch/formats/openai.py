@@ -19,9 +19,9 @@ from typing import IO, Any
 
 from tpctl.client import openai_answers as answers
 from tpctl.client.echoed import scored
-from tpctl.client.fields import flag, given, refuse
+from tpctl.client.fields import FieldError, flag, given, refuse
 from tpctl.client.forms import Wanted
-from tpctl.client.openai_fields import CHAT, TEXT, settings
+from tpctl.client.openai_fields import CHAT, TEXT, param_of, settings
 from tpctl.client.openai_schemas import RESPONSES
 from tpctl.client.results import as_they_are, json_row
 from tpctl.client.token_ids import begins_with_id
@@ -42,7 +42,10 @@ class OpenAIForm:
 
     id_field = "custom_id"
     id_needed = True
-    refused: Mapping[str, Any] = {"status": 400}
+
+    def refused(self, reason: Exception, *, chat: bool) -> Mapping[str, Any]:
+        param = param_of(reason)
+        return {"status": 400, "param": "messages" if chat and param == "prompt" else param}
 
     def beside(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         return {"chat": entry.get("url") == CHAT, "created": int(time.time())}
@@ -51,10 +54,11 @@ class OpenAIForm:
         entry = given(entry)
         if unknown := sorted(entry.keys() - _LINE):
             raise RequestError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_LINE))}")
-        if not isinstance(entry.get("custom_id"), str):
-            raise RequestError(f"custom_id is {shown(entry.get('custom_id'))}, but must be a string")
-        if entry.get("method", "POST") != "POST":
-            raise RequestError(f"method is {shown(entry['method'])}, but must be POST")
+        custom_id = entry.get("custom_id")
+        if not isinstance(custom_id, str) or not custom_id:
+            raise RequestError(f"custom_id is {shown(custom_id)}, but must be a string that is not empty")
+        if entry.get("method") != "POST":
+            raise RequestError(f"method is {shown(entry.get('method'))}, but must be POST")
         if entry.get("url") == RESPONSES:
             raise RequestError(f"url is {RESPONSES}, which only a server answers; ask for it as {CHAT}")
         if entry.get("url") not in (CHAT, TEXT):
@@ -81,13 +85,13 @@ def _asked(body: dict[str, Any], *, chat: bool) -> Wanted:
 
 def _messages(body: dict[str, Any]) -> Any:
     if "messages" not in body:
-        raise RequestError("the body has no messages")
+        raise FieldError("the body has no messages", "messages")
     return body.pop("messages")
 
 
 def _prompt(body: dict[str, Any]) -> str | list[int]:
     if "prompt" not in body:
-        raise RequestError("the body has no prompt")
+        raise FieldError("the body has no prompt", "prompt")
     prompt = body.pop("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and (isinstance(prompt[0], str) or begins_with_id(prompt[0])):
         (prompt,) = prompt
@@ -95,9 +99,10 @@ def _prompt(body: dict[str, Any]) -> str | list[int]:
         return prompt
     if begins_with_id(prompt):
         return list(prompt)
-    raise RequestError(
-        f"prompt is {shown(prompt)}, but must be one string, or the token ids of one prompt; give each prompt a line "
-        "of its own"
+    raise FieldError(
+        f"prompt is {shown(prompt)}, but must be one string, or the token ids of one prompt, not empty; give each "
+        "prompt a line of its own",
+        "prompt",
     )
 
 
@@ -140,7 +145,7 @@ class OpenAISink:
         key = blake2b(f"{index} {custom_id}".encode("utf-8", "replace"), digest_size=12).hexdigest()
         if "error" in row:
             status = row.get("status", 500)
-            body = answers.error(row["error"], status)
+            body = answers.error(row["error"], status, param=row.get("param"))
         else:
             status, body = 200, self._completion(key, row)
         response = {"status_code": status, "request_id": f"req_{key}", "body": body}
