@@ -22,6 +22,23 @@ _PATHS = frozenset({"prompts", "output", "folder", "html", "chat_template", "tex
 _OWN_WORDS = frozenset({("chat", "system"), ("chat", "message"), ("chat", "stop"), ("batch", "stop")})
 """Options whose empty value means something, or is refused by the command in better words."""
 
+_OF_VLLM = {
+    "--tensor-parallel-size": "--tp",
+    "-tp": "--tp",
+    "--data-parallel-size": "--replicas",
+    "-dp": "--replicas",
+    "--enable-expert-parallel": "--expert-parallel",
+    "--kv-cache-memory-bytes": "--kv-cache-memory",
+    "--language-model-only": "--text-only",
+    "--allowed-origins": "--allowed-origin",
+    "--system-prompt": "--system",
+    "--quick": "--message",
+    "--output-file": "--output",
+    "--input-file": "PROMPTS",
+    "--model": "MODEL",
+}
+"""What vLLM calls some options and arguments; what has the same name here needs no help."""
+
 
 class CheckedCommand(TyperCommand):
     """A command whose arguments and options are looked at as they were typed: ``Path("")`` would be this folder."""
@@ -32,6 +49,8 @@ class CheckedCommand(TyperCommand):
             rest = super().parse_args(ctx, args)
         except USAGE_ERROR as error:  # where an option lacks its value, it does not know the command
             error.ctx = error.ctx or ctx
+            if (refused := getattr(error, "option_name", None)) and hasattr(error, "possibilities"):
+                self._tell_own_name(error, refused, typed)
             raise
         _require_folder()
         values, _, _ = self.make_parser(ctx).parse_args(args=typed)
@@ -41,6 +60,19 @@ class CheckedCommand(TyperCommand):
                 if isinstance(value, str):
                     _check(parameter, value, empty=(self.name, parameter.name) in _OWN_WORDS)
         return rest
+
+    def _tell_own_name(self, error: Any, refused: str, typed: list[str]) -> None:
+        """Say what an option of vLLM's is called here, instead of what is spelled like it. ``-tp`` is read as ``-t``
+        first."""
+        for one in typed:
+            name = one.partition("=")[0].replace("_", "-")
+            own = _OF_VLLM.get(name)
+            if own is None or not (name == refused.replace("_", "-") or (len(refused) == 2 and name[:2] == refused)):
+                continue
+            known = [*(option for parameter in self.params for option in parameter.opts)]
+            if own in known or own.lower() in known:
+                error.message = f"no such option: {one.partition('=')[0]}, which is {own} here"
+                error.possibilities = None
 
 
 def _require_folder() -> None:
