@@ -141,7 +141,8 @@ def test_what_cannot_be_served_is_said_and_the_engine_goes_on(llm: LLM) -> None:
     most = llm.info.max_model_len - 1
     wrong: list[tuple[Any, str]] = [
         ([[1] * (most + 1)], f"the prompt has {most + 1} tokens, but this engine takes at most {most} "),
-        (["fine", [7, 900]], "prompt 2 of 2: .* token id 900, but the model knows ids 0 to 299"),
+        (["fine", [7, 900]], "prompt 2 holds token 900, but the model knows ids 0 to 299; leave it out"),
+        ([[2**70]], "prompt 1 holds token .*, but the model knows ids 0 to 299; leave it out"),
         ([5], "prompt 1 is 5, but must be a text or a list of token ids"),
         ([None], "prompt 1 is null"),
     ]

@@ -14,6 +14,7 @@ from tpctl.client.guides import guided
 from tpctl.client.prepare import EngineArgs, prepare
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
+from tpctl.client.token_ids import check_ids
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, UsageError, shown
 from tpctl.wire.messages import Request
@@ -166,8 +167,10 @@ class LLM:
     def _encode(self, number: int, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, most=self.info.max_model_len - 1)
-        if isinstance(prompt, list | tuple) and all(isinstance(id, int) and 0 <= id < 2**31 for id in prompt):
-            return [int(id) for id in prompt]
+        if isinstance(prompt, list | tuple) and all(isinstance(id, int) for id in prompt):
+            ids = [int(id) for id in prompt]
+            check_ids(ids, self.info.vocab_size or 2**31, f"prompt {number}")
+            return ids
         raise RequestError(f"prompt {number} is {shown(prompt)}, but must be a text or a list of token ids")
 
     def _complete(
