@@ -61,6 +61,11 @@ FAMILY = Family(
     frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
     describe,
     own=frozenset({"logit_scale", "sliding_window_pattern"}),
-    only={"use_parallel_block": (True,), "use_gated_activation": (True,)},
+    only={
+        **dict.fromkeys(("use_parallel_block", "use_gated_activation", "use_embedding_sharing"), (True,)),
+        "layer_switch": (4,),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+    },
     eps="layer_norm_eps",
 )
