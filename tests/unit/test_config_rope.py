@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from tests.unit.config_parsing import parse
+from tests.unit.synthetic import make_config
 from tpctl.arch.config import ModelConfig
-from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
+from tpctl.arch.families import FAMILIES
+from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError, UsageError
+from tpctl.wire.settings import EngineSettings
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -164,3 +167,49 @@ def test_a_yarn_factor_may_be_null() -> None:
 def test_a_yarn_factor_extends_the_longest_sequence() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     assert parse("qwen2", max_position_embeddings=32, rope_parameters=yarn).max_position_embeddings == 128
+
+
+CHUNKED = {"chunk_size": 96, "local_size": 8, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_dual_chunk_attention_bounds_the_longest_sequence(family: str) -> None:
+    """As Qwen2.5-1M has it: within a chunk, and the length before it was stretched, it is attention as ever."""
+    raw = make_config(model_type=family, architectures=[FAMILIES[family].architecture], max_position_embeddings=256)
+    plain, found = ModelConfig.from_dict(raw), ModelConfig.from_dict({**raw, "dual_chunk_attention_config": CHUNKED})
+    assert (plain.max_position_embeddings, plain.beyond) == (256, "")
+    assert (found.max_position_embeddings, found.blueprint) == (64, plain.blueprint)
+    assert (
+        found.beyond
+        == "from there up to 256 it takes dual chunk attention (dual_chunk_attention_config), which tpctl does not have"
+    )
+    within = ModelConfig.from_dict({**raw, "max_position_embeddings": 64, "dual_chunk_attention_config": CHUNKED})
+    assert (within.max_position_embeddings, within.beyond) == (64, "")
+    short = {**CHUNKED, "chunk_size": 48}
+    assert ModelConfig.from_dict({**raw, "dual_chunk_attention_config": short}).max_position_embeddings == 48
+    for none in (None, {}):
+        assert ModelConfig.from_dict({**raw, "dual_chunk_attention_config": none}) == plain
+    with pytest.raises(
+        UsageError, match=r"128 is not between 2 and 64, .* limit: from there up to 256 it takes dual chunk"
+    ):
+        EngineSettings(max_model_len=128).longest(found.max_position_embeddings, found.beyond)
+
+
+@pytest.mark.parametrize(
+    ("chunked", "others", "error"),
+    [
+        ({**CHUNKED, "sparse": True}, {}, 'dual_chunk_attention_config with "sparse" is not supported; to run'),
+        (
+            CHUNKED,
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "_config beside a RoPE that is stretched is not",
+        ),
+        ({**CHUNKED, "chunk_size": "96"}, {}, 'chunk_size is "96", but a whole number'),
+        ({**CHUNKED, "local_size": 0.5}, {}, "local_size is 0.5, but a whole number"),
+        ({"chunk_size": 96, "local_size": 8}, {}, "original_max_position_embeddings is null, but a whole number"),
+        (7, {}, "dual_chunk_attention_config is 7, but an object is needed"),
+    ],
+)
+def test_dual_chunk_attention_of_other_kinds_is_refused(chunked: Any, others: dict[str, Any], error: str) -> None:
+    with pytest.raises(TpctlError, match=error):
+        ModelConfig.from_dict(make_config(dual_chunk_attention_config=chunked, **others))

@@ -207,6 +207,15 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         planned(folder, tp_size=129)
     with pytest.raises(UsageError, match="--max-model-len 200000 is more than the model's 131072"):
         planned(folder, max_model_len=200_000)
+    chunked = {"chunk_size": 4096, "local_size": 64, "original_max_position_embeddings": 2048}
+    long = config_folder(
+        tmp_path / "chunked", {**LLAMA_405B, "rope_scaling": None, "dual_chunk_attention_config": chunked}
+    )
+    assert planned(long).max_model_len == 2048
+    with pytest.raises(
+        UsageError, match="more than the model's 2048; use at most that: from there up to 131072 it takes"
+    ):
+        planned(long, max_model_len=4096)
     with pytest.raises(UsageError, match="int3"):
         planned(folder, dtype="int3")
     other = make_checkpoint(tmp_path / "other", make_config())

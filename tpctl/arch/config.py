@@ -36,13 +36,15 @@ _OF_BOTH = (*("quantization_config", "compression_config", "dtype", "torch_dtype
 _OF_WHOLE = ("architectures", "tie_word_embeddings")
 """Fields of such a model that hold, whatever its text model says."""
 
+_CHUNKED, _ORIGINAL = "dual_chunk_attention_config", "original_max_position_embeddings"
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything about a checkpoint that tpctl needs to cut and run it.
 
-    ``max_position_embeddings`` is the longest sequence that every layer takes, ``scheme`` how its weights are stored
-    where they are quantised.
+    ``max_position_embeddings`` is the longest sequence that every layer takes, ``beyond`` what keeps it from a longer
+    one that its file promises, for messages; ``scheme`` how its weights are stored where they are quantised.
     """
 
     model_type: str
@@ -54,6 +56,7 @@ class ModelConfig:
     bos_token_id: int | None
     cutting: Cutting = Cutting()  # noqa: RUF009 (it is frozen)
     scheme: Scheme | None = None
+    beyond: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -115,16 +118,18 @@ class ModelConfig:
         if cutting.engine is not None or not cutting.predicts:
             blueprint = blueprint.without_predictor()
         blueprint = cut_by(blueprint, cutting)
+        longest, beyond = _longest(blueprint, fields)
         found = cls(
             model_type=model_type,
             family=family,
             blueprint=blueprint,
-            max_position_embeddings=_longest(blueprint, fields),
+            max_position_embeddings=longest,
             dtype=_dtype(fields),
             eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), sizes.vocab_size),
             bos_token_id=next(iter(_ids(fields, "bos_token_id", sizes.vocab_size)), None),
             cutting=cutting,
             scheme=scheme,
+            beyond=beyond,
         )
         check_unread(fields, family)
         return found
@@ -177,15 +182,46 @@ def _ends(raw: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     return {"eos_token_id": [one for ids in both for one in (ids if isinstance(ids, list) else [ids])]}
 
 
-def _longest(blueprint: Blueprint, fields: Fields) -> int:
-    """The longest sequence that every layer takes, as far as layers say it; ``max_position_embeddings`` otherwise."""
+def _longest(blueprint: Blueprint, fields: Fields) -> tuple[int, str]:
+    """The longest sequence that every layer takes, as far as layers say it; ``max_position_embeddings`` otherwise. And
+    what it would take to answer a longer one that the file promises; empty: it promises none."""
     ropes = [
         layer.mixer.rope
         for layer in blueprint.layers
         if isinstance(layer, Block) and isinstance(layer.mixer, Attending)
     ]
     said = [rope.longest for rope in ropes if rope is not None]
-    return min(said) if said else fields.whole("max_position_embeddings")
+    longest = min(said) if said else fields.whole("max_position_embeddings")
+    unchunked = _unchunked(fields, plain=all(rope is None or rope.kind == "default" for rope in ropes))
+    if unchunked is None or longest <= unchunked:
+        return longest, ""
+    return (
+        unchunked,
+        f"from there up to {longest} it takes dual chunk attention ({_CHUNKED}), which tpctl does not have",
+    )
+
+
+def _unchunked(fields: Fields, plain: bool) -> int | None:
+    """Up to where dual chunk attention is attention as it always is; ``None``: the config asks for none.
+
+    Of a sequence within one chunk all positions are as far apart as they are, and scores grow only beyond
+    ``original_max_position_embeddings`` (An et al., "Training-Free Long-Context Scaling", 2024; Qwen2.5-1M).
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the setting is wrong, or has more than that; or RoPE is not ``plain``.
+    """
+    chunked = fields.inside(_CHUNKED)
+    if not chunked.values:
+        return None
+    unknown = sorted(chunked.values.keys() - {"chunk_size", "local_size", _ORIGINAL})
+    if unknown or not plain:
+        what = f"with {shown(unknown[0])}" if unknown else "beside a RoPE that is stretched"
+        raise UnsupportedModelError(
+            f"config.json: {_CHUNKED} {what} is not supported; to run the model without dual chunk attention remove "
+            "the field, and set max_position_embeddings to the length that it takes so"
+        )
+    chunked.optional_whole("local_size")
+    return min(chunked.whole("chunk_size", least=2), chunked.whole(_ORIGINAL, least=2))
 
 
 def _dtype(fields: Fields) -> str:

@@ -200,7 +200,7 @@ def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
             f"--speculate mtp takes a layer that predicts more tokens (MTP), and a {config.model_type} model has none; "
             "use --speculate ngram, or auto"
         )
-    settings.longest(config.max_position_embeddings)
+    settings.longest(config.max_position_embeddings, config.beyond)
 
 
 def supported_source(

@@ -93,6 +93,7 @@ def plan_model(
     if length > config.max_position_embeddings:
         raise UsageError(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
+            + (f": {config.beyond}" if config.beyond else "")
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
     model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype, cutting, budget.attention_backend)

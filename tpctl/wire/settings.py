@@ -107,8 +107,9 @@ class EngineSettings(EngineChoices):
                 f"{self.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
             )
 
-    def longest(self, limit: int) -> int:
-        """Tokens of prompt and answer at most: what is asked for, else ``limit``, which is the model's own.
+    def longest(self, limit: int, beyond: str = "") -> int:
+        """Tokens of prompt and answer at most: what is asked for, else ``limit``, which is the model's own; ``beyond``
+        says what keeps it from more, where its file promises more.
 
         Raises:
             UsageError: more is asked for than the model takes.
@@ -118,6 +119,7 @@ class EngineSettings(EngineChoices):
         if not 2 <= self.max_model_len <= limit:
             raise UsageError(
                 f"--max-model-len {self.max_model_len} is not between 2 and {limit}, the model's own limit"
+                + (f": {beyond}" if beyond else "")
             )
         return self.max_model_len
 

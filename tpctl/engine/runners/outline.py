@@ -92,7 +92,7 @@ def outline(settings: EngineConfig, group: TPGroup) -> Outline:
     check_scaled(config, there, {split.name: {split.name: tensors[split.name].dtype} for split in there})
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.kind)
-    wanted_len = settings.longest(config.max_position_embeddings)
+    wanted_len = settings.longest(config.max_position_embeddings, config.beyond)
     backends = _backends(settings, group, dtype, made_of, wanted_len)
     return Outline(settings, group, config, plan, tensors, idle, manifest, dtype, wanted_len, *backends)
 
