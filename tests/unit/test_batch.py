@@ -129,7 +129,7 @@ def test_bad_lines_become_rows_and_the_others_run(tokenizer: Tokenizer, tmp_path
     text = '{"prompt": "a"}\nnonsense\n\n{"id": "r", "prompt": "refuse"}\n{"prompt": "b"}\n'
     tally, _ = run(tokenizer, text, out)
     assert [row.get("text") for row in rows(out)] == ["<a>", None, None, "<b>"]
-    assert rows(out)[1]["error"].startswith("line 2: is not JSON")
+    assert rows(out)[1]["error"].startswith("line 2 is not JSON: ")
     assert rows(out)[2] == {"id": "r", "error": "line 4: the engine refuses"}
     assert (tally.lines, tally.errors) == (4, 2)
 

@@ -44,7 +44,7 @@ def test_without_ids_rows_have_their_numbers(tokenizer: Tokenizer, tmp_path: Pat
     assert (found[0]["id"], found[1]["id"], found[1]["error"]) == (
         7,
         None,
-        "row 2: has no id, which ids are to come from",
+        "row 2 has no id, which ids are to come from",
     )
 
 

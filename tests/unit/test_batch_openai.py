@@ -148,6 +148,8 @@ def test_a_text_may_begin_with_its_prompt(tokenizer: Tokenizer, tmp_path: Path) 
         ({"custom_id": "x", "method": "POST", "url": CHAT, "body": []}, "body is [], but must be a JSON object"),
         (line("x", chat("a"), priority=1), "unknown field 'priority'; known: body, custom_id, method, url"),
         (line(5, chat("a")), "custom_id is 5, but must be a string"),
+        (line("x", {**chat("a"), "x" * 5000: 1}), f"unknown field '{'x' * 38}… in the body of"),
+        (line("x", chat("a"), **{"x" * 5000: 1}), f"unknown field '{'x' * 38}…; known: "),
         (line("", chat("a")), 'custom_id is "", but must be a string that is not empty'),
         ({"custom_id": "x", "url": CHAT, "body": chat("a")}, "method is null, but must be POST"),
         (line(None, chat("a")), "has no custom_id"),
@@ -191,7 +193,8 @@ def test_what_cannot_be_run_is_that_lines_error_alone(
     assert bad["response"]["status_code"] == 400 and bad["error"] is None
     error = bad["response"]["body"]["error"]
     assert error["type"] == "invalid_request_error"
-    assert error["message"].startswith("line 2: ") and said in error["message"] and "\n" not in error["message"]
+    assert error["message"].startswith(("line 2: ", "line 2 has no custom_id"))
+    assert said in error["message"] and "\n" not in error["message"]
     assert bad["custom_id"] == (entry["custom_id"] if isinstance(entry["custom_id"], str) else None)
 
 

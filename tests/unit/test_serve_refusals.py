@@ -60,6 +60,15 @@ def error(response: Any, status: int) -> ErrorObject:
             "messages",
             'message 2 has a part with the field "colour"',
         ),
+        (CHAT, chat(**{"x" * 5000: 1}), "x" * 79 + "…", f"unknown field '{'x' * 38}… in the body of a request to"),
+        (
+            CHAT,
+            chat(chat_template_kwargs={"x" * 5000: 1}),
+            "chat_template_kwargs",
+            f"chat_template_kwargs has '{'x' * 38}…, which the chat template does not read",
+        ),
+        ("/tokenize", {"prompt": "a", "x" * 5000: 1}, "x" * 79 + "…", f"unknown field '{'x' * 38}… in the body"),
+        ("/v1/responses", {"input": "a", "text": {"x" * 5000: 1}}, "text", f"unknown field '{'x' * 38}… in text"),
         (CHAT, chat(colour=1), "colour", "unknown field 'colour' in the body of a request to /v1/chat/completions"),
         (CHAT, chat(temperature=9e9), "temperature", "temperature is 9000000000.0, but must be"),
         (CHAT, chat(temperature="hot"), "temperature", 'temperature is "hot", but must be a number'),
@@ -207,6 +216,11 @@ def test_a_body_that_cannot_be_had(tokenizer: Tokenizer, path: str, body: Any, p
         (b'{"a":' * 10000, "nested too deeply"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "more than 64 digits in a row"),
         (b'{"prompt": NaN}', "the body is not valid JSON"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "the body begins with a byte order mark (BOM); send it in UTF-8 without one"),
+        ('{"prompt": "a"}'.encode("utf-16"), "the body begins with a byte order mark (BOM)"),
+        (b'{"temperature": -1e999}', "temperature is -1e999, but numbers are taken up to 1.8e308"),
+        (b'{"a": 1e5, "b": [{"c": 1e400}]}', "b holds 1e400, but numbers are taken up to 1.8e308"),
+        (b'{"a": 1e400, "b": "' + b"x" * 70_000 + b'"}', "the body is not valid JSON: Number out of range"),
     ],
 )
 def test_bytes_that_are_no_body(tokenizer: Tokenizer, raw: bytes, said: str) -> None:
@@ -225,6 +239,12 @@ def test_a_packed_body(tokenizer: Tokenizer, encoding: str) -> None:
         assert packed.headers["accept-encoding"] == "identity"
         plain = client.post(TEXT, json={"prompt": "a"}, headers={"content-encoding": "identity"})
         assert plain.status_code == 200
+
+
+def test_a_long_path_is_not_repeated_whole(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        said = error(client.get("/" + "x" * 10_000), 404).message
+        assert said == "/" + "x" * 198 + "… is not known here"
 
 
 def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:

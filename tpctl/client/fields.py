@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from tpctl.client.schema_words import LENIENT
-from tpctl.errors import RequestError, shown
+from tpctl.errors import RequestError, shorten, shown
 from tpctl.wire.guide import BESIDE_TOOLS, TwoForms
 
 _FIRST = re.compile(rf"\w+(?= is |: |{BESIDE_TOOLS}: )")  # the field that a message begins with
 
+_LONGEST = 80  # characters of a field's name, which may be anything
 _STRICT = frozenset({"text.format"})
 """Other names of ``response_format`` where "strict" may stand beside the schema."""
 
@@ -26,7 +27,7 @@ class FieldError(RequestError):
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
-        self.param = param
+        self.param = shorten(param, _LONGEST)
 
 
 class UnreadVariable(RequestError):

@@ -196,7 +196,7 @@ class JobParser:
             with asked_as(wanted.names):
                 return self._job(line, id, wanted, beside, form)
         except (_Refused, TpctlError) as error:
-            message, why = f"{line.named}: {error}", error
+            message, why = _said(line, str(error)), error
         except Exception as error:  # one line must never end the run, whatever a library makes of it
             said = " ".join(f"{type(error).__name__}: {error}".split())
             message, why = f"{line.named}: cannot be used: {said}", error
@@ -205,7 +205,7 @@ class JobParser:
     def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any], form: Form) -> Job:
         entry = wanted.fields
         if unknown := sorted(entry.keys() - FIELDS):
-            raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
+            raise _Refused(f"unknown field {shorten(repr(unknown[0]))}; known: {', '.join(sorted(FIELDS))}")
         own = {name: value for name, value in entry.items() if name in SAMPLING_FIELDS}
         seed = (self._sampling["seed"] + line.number - 1) % 2**63
         if any(name in own for name in GUIDES):  # a line's own form takes the place of all lines'
@@ -280,6 +280,14 @@ def unanswered(form: Form, line: Line, message: str) -> dict[str, Any]:
 
 class _Refused(Exception):
     """A line that is no job; the text says why, for the error row."""
+
+
+_OF_A_LINE = ("is ", "has ", "holds ")
+"""What a message begins with that says something of the line itself, and not of what is in it."""
+
+
+def _said(line: Line, message: str) -> str:
+    return f"{line.named}{'' if message.startswith(_OF_A_LINE) else ':'} {message}"
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tpctl.client.openai_schemas import (
 )
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.asked import ToolsError, read_tools
-from tpctl.errors import shown
+from tpctl.errors import shorten, shown
 from tpctl.wire.ranges import MAX_LOGPROBS
 
 _SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}) | {"stop", "chat_template_kwargs"}
@@ -58,7 +58,7 @@ def check_names(body: dict[str, Any], path: str, others: Collection[str] = ()) -
     """
     if unknown := body.keys() - FIELDS[path].keys() - NOT_DONE.keys() - {"guided_grammar"} - set(others):
         name = min(unknown)
-        raise FieldError(f"unknown field {name!r} in the body of a request to {path}", name)
+        raise FieldError(f"unknown field {shorten(repr(name))} in the body of a request to {path}", name)
     for name, value in body.items():
         if isinstance(value, float) and value.is_integer() and FIELDS[path].get(name, {}).get("type") == "integer":
             body[name] = int(value)

@@ -188,11 +188,11 @@ class ChatTemplate:
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
             if name in _RESERVED:
-                raise RequestError(f"chat_template_kwargs may not set {name!r}, which tpctl sets itself")
+                raise RequestError(f"chat_template_kwargs may not set {shorten(repr(name))}, which tpctl sets itself")
             if name not in self.uses.variables:
                 others = sorted({*self.uses.variables} - {*_RESERVED, *self._special_tokens})
                 read = f"it reads {', '.join(others)}" if others else "it reads none"
-                said = f"chat_template_kwargs has {name!r}, which the chat template does not read; {read}"
+                said = f"chat_template_kwargs has {shorten(repr(name))}, which the chat template does not read; {read}"
                 raise UnreadVariable(said, name)
 
 

@@ -17,7 +17,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
-from tpctl.errors import TpctlError, printable
+from tpctl.errors import TpctlError, printable, shorten
 from tpctl.serve.access import line
 from tpctl.serve.answered import Answered, Encoded, Said, refused, say
 from tpctl.serve.bodies import BODY_SECONDS, read_object
@@ -200,7 +200,7 @@ class App:
             error = ApiError.of(error)
         elif isinstance(error, HTTPException):
             what = "is not known here" if error.status_code == 404 else f"is not for {scope['method']}"
-            said = f"{scope['path']} {what}"
+            said = f"{shorten(scope['path'], 200)} {what}"
             error = ApiError(error.status_code, said, allow=(error.headers or {}).get("Allow"))
         elif not isinstance(error, ApiError):
             error = self.failed(error, scope)

@@ -22,7 +22,7 @@ from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tool_grammar import formed
 from tpctl.client.tool_stream import check_tools
 from tpctl.client.tools.asked import Tools, with_tools
-from tpctl.errors import RequestError, TooLongError, shown
+from tpctl.errors import RequestError, TooLongError, shorten, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
 from tpctl.serve.threads import Threads
@@ -57,7 +57,7 @@ class Streaming:
             raise FieldError(f"stream_options is {shown(options)}, but must be a JSON object", "stream_options")
         left = given(options)
         if unknown := left.keys() - STREAM_OPTIONS["properties"].keys():
-            raise FieldError(f"unknown field {min(unknown)!r} in stream_options", "stream_options")
+            raise FieldError(f"unknown field {shorten(repr(min(unknown)))} in stream_options", "stream_options")
         refuse(left, NOT_IN_STREAMS)
         usage, continuous = (
             flag(left.get(name, False), f"stream_options.{name}")

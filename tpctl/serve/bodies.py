@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import json
+import math
 import re
 from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope
 
-from tpctl.errors import format_bytes, shown
+from tpctl.errors import format_bytes, shorten, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
 from tpctl.serve.headers import header, headers
@@ -22,6 +25,8 @@ BODY_SECONDS = 60.0
 _TAIL = 32
 _HALF = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}[^\\]*"[^"]*$')
 """What a body ends with that msgspec calls truncated: it looks for the other half behind the end."""
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 async def read_object(
@@ -47,8 +52,14 @@ async def read_object(
     holding.body(max(Weight.of(raw).size, len(raw)), long=len(raw) > SMALL)
     if not raw.strip():
         raise ApiError(400, "the body is empty, but must be a JSON object")
+    if raw.startswith(_MARKS):
+        raise ApiError(400, "the body begins with a byte order mark (BOM); send it in UTF-8 without one")
     try:
         body = msgspec.json.decode(raw)
+    except msgspec.ValidationError as error:
+        if (found := _beyond(raw)) is not None:
+            raise ApiError(400, found[1], param=found[0]) from None
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
     except msgspec.MsgspecError as error:
         said = "it holds half of a surrogate pair" if _HALF.search(raw[-_TAIL:]) else error
         raise ApiError(400, f"the body is not valid JSON: {said}") from None
@@ -57,6 +68,36 @@ async def read_object(
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {shown(body)}, but must be a JSON object")
     return body
+
+
+class _Beyond(str):
+    """A number as it is written that is beyond those that a float has."""
+
+
+def _number(text: str) -> float | str:
+    value = float(text)
+    return value if math.isfinite(value) else _Beyond(text)
+
+
+def _beyond(raw: bytes) -> tuple[str, str] | None:
+    """The first field with a number that is too large for msgspec, and what is said of it; ``None``: it is not looked
+    for, or not found."""
+    if len(raw) > SMALL:
+        return None
+    try:
+        body = json.loads(raw, parse_float=_number)
+    except (ValueError, RecursionError):
+        return None
+    for name, value in body.items() if isinstance(body, dict) else ():
+        left = [value]
+        while left:
+            one = left.pop()
+            if isinstance(one, _Beyond):
+                verb = "is" if one is value else "holds"
+                field = shorten(name, 80)
+                return field, f"{field} {verb} {shorten(one)}, but numbers are taken up to 1.8e308"
+            left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return None
 
 
 def _check_encoding(scope: Scope) -> None:

@@ -12,7 +12,7 @@ from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import check_names, settings
 from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES, VERBOSITY
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
-from tpctl.errors import shown
+from tpctl.errors import shorten, shown
 from tpctl.serve.answered import encode
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.weight import Weight
@@ -100,5 +100,5 @@ def _object(body: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, 
     if not isinstance(value, dict):
         raise FieldError(f"{name} is {shown(value)}, but must be a JSON object", name)
     if unknown := (found := given(value)).keys() - set(known):
-        raise FieldError(f"unknown field {min(unknown)!r} in {name}", name)
+        raise FieldError(f"unknown field {shorten(repr(min(unknown)))} in {name}", name)
     return found

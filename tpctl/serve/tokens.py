@@ -7,7 +7,7 @@ from typing import Any
 
 from tpctl.client.fields import FieldError, flag
 from tpctl.client.token_ids import check_ids
-from tpctl.errors import shown
+from tpctl.errors import shorten, shown
 from tpctl.serve.answered import Encoded, encode
 from tpctl.serve.asked import Reader
 
@@ -98,4 +98,4 @@ def check_length(text: str, named: str, most: int, what: str) -> None:
 
 def refuse_rest(body: Mapping[str, Any], path: str) -> None:
     if body:
-        raise FieldError(f"unknown field {min(body)!r} in the body of a request to {path}", min(body))
+        raise FieldError(f"unknown field {shorten(repr(min(body)))} in the body of a request to {path}", min(body))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from tpctl.errors import RequestError, shown
+from tpctl.errors import RequestError, shorten, shown
 from tpctl.wire import guide
 from tpctl.wire.guide import Guide, guide_of
 from tpctl.wire.ranges import BIAS, RANGES
@@ -132,7 +132,7 @@ class SamplingParams:
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in _FIELDS:
-                raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(_FIELDS))}")
+                raise RequestError(f"unknown sampling field {shorten(repr(name))}; known: {', '.join(sorted(_FIELDS))}")
             checked[name] = value
         return cls(**checked)
 

@@ -25,7 +25,7 @@ from tpctl.client.openai_fields import CHAT, TEXT, param_of, settings
 from tpctl.client.openai_schemas import RESPONSES
 from tpctl.client.results import as_they_are, json_row
 from tpctl.client.token_ids import begins_with_id
-from tpctl.errors import RequestError, shown
+from tpctl.errors import RequestError, shorten, shown
 
 _LINE = frozenset({"custom_id", "method", "url", "body"})
 _OF_A_SERVER: Mapping[str, tuple[Any, ...]] = {"stream": (False,), "stream_options": ()}
@@ -53,7 +53,7 @@ class OpenAIForm:
     def wanted(self, entry: Mapping[str, Any]) -> Wanted:
         entry = given(entry)
         if unknown := sorted(entry.keys() - _LINE):
-            raise RequestError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_LINE))}")
+            raise RequestError(f"unknown field {shorten(repr(unknown[0]))}; known: {', '.join(sorted(_LINE))}")
         custom_id = entry.get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             raise RequestError(f"custom_id is {shown(custom_id)}, but must be a string that is not empty")
