@@ -82,7 +82,7 @@ def test_a_batch_comes_back_with_answers_and_what_it_had(generator: Callable[...
     assert list(found["text"]) == ["<hi>", None, None, None, None]
     assert list(found["finish_reason"]) == ["stop", "error", "error", "error", "error"]
     assert list(found["prompt_tokens"]) == [2, 0, 0, 0, 0] and list(found["completion_tokens"]) == [5, 0, 0, 0, 0]
-    said = ["neither", "the engine refuses", "the prompt is empty", "cannot be used: Object of type bytes"]
+    said = ["the row has neither", "the engine refuses", "the prompt is empty", "cannot be used: Object of type bytes"]
     assert found["error"][0] is None and all(
         part in error and not error.startswith("line") for part, error in zip(said, found["error"][1:], strict=True)
     )
