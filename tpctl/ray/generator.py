@@ -222,9 +222,8 @@ class _Rows:
     def add(self, line: Line, row: Mapping[str, Any], cached: int = 0) -> None:
         found = {name: value for name, value in row.items() if name != "id"}
         if "error" in found:
-            said = str(found["error"]).removeprefix(f"line {line.number}: ")
-            whole = f"line {line.number} "  # of the line itself, which is a row here
-            found["error"] = f"the row {said.removeprefix(whole)}" if said.startswith(whole) else said
+            said = str(found["error"]).removeprefix(f"{line.named}: ")
+            found["error"] = f"the row{said.removeprefix(line.named)}" if said.startswith(f"{line.named} ") else said
         self._rows[line.index] = found
 
 
