@@ -13,21 +13,19 @@ one before to its own end. All kernels are compiled first, a process a core; --d
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from compiling import compile_all
 from expert_cases import GPT_OSS, QWEN, Shape
 from kernel_timing import BF16, graph_us, row
 
-from tpctl.kernels.common.ahead import KernelSpec, compile_for, compile_spec, unlaunched
+from tpctl.kernels.common.ahead import KernelSpec, compile_for, unlaunched
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import DeviceFacts, is_hopper, num_multiprocessors, stand_for
 from tpctl.kernels.experts.coded_experts import CodedExperts
@@ -165,23 +163,6 @@ def specs_of(cases: list[Case], facts: DeviceFacts) -> list[KernelSpec]:
                 ringed(one, tried)
     stand_for(None)
     return list(found)
-
-
-def compile_kernel(spec: KernelSpec) -> str:
-    """Empty, or why not."""
-    try:
-        compile_spec(spec, launcher=False)
-    except Exception as failed:  # what the assembler says of one is no reason to leave out the others
-        return f"{spec.name}: {type(failed).__name__}: {str(failed).splitlines()[0]}"
-    return ""
-
-
-def compile_all(specs: list[KernelSpec], facts: DeviceFacts) -> list[str]:
-    """Reasons why some are not compiled."""
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(specs), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, context, initializer=compile_for, initargs=(facts,)) as pool:
-        return [text for text in pool.map(compile_kernel, specs) if text]
 
 
 def told(config: Any) -> str:

@@ -14,19 +14,17 @@ All kernels are compiled before, a process a core; --dry-run ends there, and nee
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from compiling import compile_all
 from kernel_timing import BF16, graph_us, row
 
 from tpctl.kernels.common.activation import Activation, act_and_mul, act_and_mul_reference
-from tpctl.kernels.common.ahead import KernelSpec, compile_for, compile_spec, unlaunched
+from tpctl.kernels.common.ahead import KernelSpec, compile_for, unlaunched
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.kernels.common.launch import DeviceFacts, capability, is_hopper, num_multiprocessors, stand_for
 from tpctl.kernels.common.norm import rms_norm
@@ -181,22 +179,6 @@ def specs_of(names: list[str], all_rows: list[int], facts: DeviceFacts) -> list[
                 for config in configs_for(rows, matrix, picked, facts.multiprocessors):
                     wide(x, codes, matrix, config, scratch)
     return list(found)
-
-
-def compile_kernel(spec: KernelSpec) -> str:
-    try:
-        compile_spec(spec, launcher=False)
-    except Exception as failed:  # what the assembler says of one is no reason to leave out the others
-        return f"{spec.name}: {type(failed).__name__}: {str(failed).splitlines()[0]}"
-    return ""
-
-
-def compile_all(specs: list[KernelSpec], facts: DeviceFacts) -> list[str]:
-    """Reasons why some are not compiled."""
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(specs), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, context, initializer=compile_for, initargs=(facts,)) as pool:
-        return [text for text in pool.map(compile_kernel, specs) if text]
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> str:
