@@ -6,10 +6,9 @@ some tens of pairs an expert on. Made once, and read back, they cost the memory 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from tpctl.kernels.common.codes import Codes
@@ -17,8 +16,7 @@ from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.grouped_kernels import grouped_linear_kernel
 from tpctl.kernels.experts.matrix import ExpertMatrix, PairsLaunch
 from tpctl.kernels.experts.tile_config import TileConfig, pick_tile
-from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel
-from tpctl.kernels.linear.codes_linear import as_bytes, form_of
+from tpctl.kernels.linear.codes_gemm import decode_into
 
 _LEAST_PAIRS = 224
 """Of an expert, on average, where decoding pays: measured on an H200, of gpt-oss-20b."""
@@ -26,7 +24,6 @@ _LEAST_ROWS = 17
 """Fewer have no list of tiles (`grouped`)."""
 _AT_ONCE = 1 << 26
 """Most numbers that are made at once, 128 MiB, but those of one expert at least."""
-_BLOCK_N = 32
 
 
 def decoding_pays(rows: int, pairs: int, experts: int, dtype: torch.dtype) -> bool:
@@ -80,26 +77,9 @@ class DecodedMatrix(ExpertMatrix):
 
 def decode_experts(codes: Codes, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The numbers of experts start to stop, [stop - start, outputs, K]. codes: [E, outputs, K]."""
-    form, tile, parts = form_of(codes, 64, fast=False)
-    experts, outputs = stop - start, codes.outputs
-    numbers = torch.empty((experts, outputs, codes.columns), dtype=dtype, device=codes.values.device)
-    decode_kernel[(triton.cdiv(outputs, _BLOCK_N), triton.cdiv(form.row_bytes, tile), experts)](
-        as_bytes(codes.values[start:], numbers),
-        as_bytes(codes.scales[start:], numbers),
-        as_bytes(None if codes.zeros is None else codes.zeros[start:], codes.values.view(torch.uint8)),
-        as_bytes(codes.rows, numbers),
-        as_bytes(None if codes.groups is None else codes.groups[start:], numbers),
-        as_bytes(None if codes.factors is None else codes.factors[start:], numbers),
-        numbers,
-        0,
-        outputs,
-        outputs,
-        codes.scales.shape[1],
-        FORM=form,
-        BLOCK_N=_BLOCK_N,
-        BYTES=tile,
-        GROUPS=parts,
-        PDL=False,
-        num_warps=4,
-    )
+    shape = (stop - start, codes.outputs, codes.columns)
+    numbers = torch.empty(shape, dtype=dtype, device=codes.values.device)
+    own = ("values", "scales", "zeros", "groups", "factors")
+    held = {name: one[start:] for name in own if (one := getattr(codes, name)) is not None}
+    decode_into(numbers, replace(codes, **held), 0, codes.outputs, matrices=len(numbers))
     return numbers

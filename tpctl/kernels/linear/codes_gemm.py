@@ -28,6 +28,8 @@ _STORED = 128
 LARGEST = {"e4m3": 448.0, "int8": 127.0}
 """Numbers of a kind."""
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+_DECODED_N = 32
+"""Outputs of a program that decodes."""
 _DECODED = 1 << 26
 """Most numbers that `decoded_linear` makes at once: 128 MiB."""
 
@@ -220,10 +222,17 @@ def scaled_gemm_reference(q_TK: Tensor, scales_TG: Tensor, codes: Codes, block: 
 
 def decode_rows(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
     """`codes.decode` in one launch: the numbers of outputs start to stop, [stop - start, K]."""
-    form, tile, parts = form_of(codes, 64, fast=False)
     numbers = torch.empty((stop - start, codes.columns), dtype=dtype, device=codes.values.device)
-    block_n = 32
-    decode_kernel[(triton.cdiv(stop - start, block_n), triton.cdiv(form.row_bytes, tile))](
+    decode_into(numbers, codes, start, stop, pdl=pdl)
+    return numbers
+
+
+def decode_into(numbers: Tensor, codes: Codes, start: int, stop: int, *, matrices: int = 1, pdl: bool = False) -> None:
+    """Those of a matrix, or of as many as there are, each [.., outputs, K], the first ``matrices``; into numbers,
+    contiguous."""
+    form, tile, parts = form_of(codes, 64, fast=False)
+    grid = triton.cdiv(stop - start, _DECODED_N), triton.cdiv(form.row_bytes, tile), matrices
+    decode_kernel[grid](
         as_bytes(codes.values, numbers),
         as_bytes(codes.scales, numbers),
         as_bytes(codes.zeros, codes.values.view(torch.uint8)),
@@ -234,16 +243,15 @@ def decode_rows(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, pdl:
         start,
         stop,
         codes.outputs,
-        codes.scales.shape[0],
+        codes.scales.shape[-2],
         FORM=form,
-        BLOCK_N=block_n,
+        BLOCK_N=_DECODED_N,
         BYTES=tile,
         GROUPS=parts,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
     )
-    return numbers
 
 
 def decoded_linear(x_TK: Tensor, codes: Codes, bias_N: Tensor | None = None, *, pdl: bool = False) -> Tensor:
